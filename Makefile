@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PRESET ?= maml-trpo/half-cheetah-dir-quick
+
+.PHONY: train test lint types clean
+
+# The set-up alone: a virtual environment with the locked versions of constraints.txt.
+$(VENV): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "metaloop needs Python 3.11 or newer; give one with: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(VENV)
+
+train: $(VENV)
+	$(BIN)/metaloop train $(PRESET)
+
+test: $(VENV)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)

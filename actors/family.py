@@ -1,0 +1,50 @@
+"""The contract of a task family: a distribution of tasks, and environments that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from learners.core.trajectory import Spec
+
+Task = Mapping[str, float | int | list[float]]
+"""One task as plain numbers, picklable and printable: {"direction": -1.0}."""
+
+
+@runtime_checkable
+class TaskFamily(Protocol):
+    """A distribution of tasks over one kind of environment.
+
+    A family is a frozen dataclass; its fields are the task options of a run's configuration, so
+    each of them has a default and is a plain number, boolean or string.
+    """
+
+    @property
+    def spec(self) -> Spec:
+        """Sizes of observation and action, and the horizon."""
+        ...
+
+    @property
+    def finite_tasks(self) -> list[Task] | None:
+        """All tasks where there are only a few, so that none can be held out; otherwise None."""
+        ...
+
+    def sample(self, rng: np.random.Generator, num_tasks: int) -> list[Task]:
+        """Draws `num_tasks` tasks. The draw depends on `rng` alone."""
+        ...
+
+    def make(self, num_envs: int) -> VectorEnv:
+        """Environments that take their tasks at reset.
+
+        `env.reset(seed=int, options={"tasks": [task, ...]})` gives environment i the i-th task;
+        the list has `num_envs` entries. Autoreset is disabled: an environment that has ended is
+        stepped on, or not, until the next reset, and the caller ignores what it returns.
+        `step` takes a torch tensor of actions, [num_envs, A] float32 or [num_envs] int64, and
+        returns observations [num_envs, O] and rewards [num_envs], both float32, and boolean
+        `terminated` and `truncated` [num_envs], as arrays or tensors.
+        The horizon sets `terminated`.
+        """
+        ...

@@ -1,0 +1,118 @@
+"""The vocabulary: what is collected, by what kind of agent, and in which shapes.
+
+Letters used everywhere:
+
+    M  members (tasks, lifetimes or replicas)    O  observation size
+    K  inner updates                             A  action size
+    T  time steps of one chunk                   P  number of parameters
+    E  parallel environments of one member
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Named parameters. A member's own parameters carry a leading axis M."""
+
+Metrics = dict[str, float]
+"""Scalars by TensorBoard tag."""
+
+Reduce = Callable[[Sequence[Tensor]], Tensor]
+"""Adds partial sums, one per block of members in block order, over all learners."""
+
+
+def sum_in_order(partials: Sequence[Tensor]) -> Tensor:
+    """`Reduce` for a single learner: adds the partial sums from first to last."""
+    total = partials[0]
+    for partial in partials[1:]:
+        total = total + partial
+    return total
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a policy must know of its environments.
+
+    Attributes:
+        obs_size: O, length of one flat observation.
+        action_size: A, action dimensions (continuous) or number of actions (discrete).
+        discrete: whether actions are integers in [0, A).
+        horizon: H, the largest number of steps of an episode.
+    """
+
+    obs_size: int
+    action_size: int
+    discrete: bool
+    horizon: int
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """T steps of M members in E environments each, time-major within a member.
+
+    `valid` is 0 after an episode that ended early and in padding: every mean over steps is a sum
+    over valid steps divided by their number. Only `terminated` zeroes a bootstrap; in
+    finite-horizon families the horizon sets it. `episode_return` and `episode_length` hold the
+    raw return and the number of steps of an episode at the step where it ends, and 0 elsewhere.
+    """
+
+    obs: Tensor  # [M, T, E, O], raw
+    action: Tensor  # [M, T, E, A], or [M, T, E] int64 where actions are discrete
+    reward: Tensor  # [M, T, E]
+    terminated: Tensor  # [M, T, E] bool
+    truncated: Tensor  # [M, T, E] bool
+    valid: Tensor  # [M, T, E], 1.0 or 0.0
+    log_prob: Tensor  # [M, T, E], of the behaviour policy
+    last_obs: Tensor  # [M, E, O], the observation after the last step
+    episode_return: Tensor  # [M, T, E]
+    episode_length: Tensor  # [M, T, E]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
+        """Applies `function` to every tensor."""
+        return Trajectory(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+
+    def members(self, start: int, stop: int) -> Trajectory:
+        """Members start ≤ m < stop, as views."""
+        return self.map(lambda tensor: tensor[start:stop])
+
+    def to(self, device: torch.device | str) -> Trajectory:
+        """The same trajectory on `device`."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    @property
+    def num_steps(self) -> int:
+        """Valid environment steps."""
+        return int(self.valid.sum().item())
+
+
+ENV_AXIS = {f.name: 2 for f in fields(Trajectory)} | {"last_obs": 1}
+"""Where axis E stands in each field of a `Trajectory`."""
+
+
+def concatenate(parts: Sequence[Trajectory], axis: str) -> Trajectory:
+    """Joins trajectories along axis "members" or "envs", in the order given."""
+
+    def join(name: str) -> Tensor:
+        dim = 0 if axis == "members" else ENV_AXIS[name]
+        return torch.cat([getattr(part, name) for part in parts], dim)
+
+    return Trajectory(**{f.name: join(f.name) for f in fields(Trajectory)})
+
+
+def masked_mean(value: Tensor, valid: Tensor) -> Tensor:
+    """Mean over valid steps of each member, [M, T, E] → [M]."""
+    return (value * valid).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1.0)
+
+
+def mean_episode_return(trajectory: Trajectory) -> Tensor:
+    """Mean raw return of the episodes that ended in the trajectory, per member, [M].
+
+    A member in which no episode ended has NaN.
+    """
+    ended = ((trajectory.terminated | trajectory.truncated) & (trajectory.valid > 0)).float()
+    return (trajectory.episode_return * ended).sum((1, 2)) / ended.sum((1, 2))
