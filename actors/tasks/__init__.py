@@ -1,0 +1,108 @@
+"""The registry of task families.
+
+Importing it loads no family and none of their libraries: a family's module is imported when the
+family is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actors.family import TaskFamily
+
+FAMILIES: dict[str, str] = {
+    "navigation-2d": "actors.tasks.navigation_2d:Navigation2D",
+    "half-cheetah-dir": "actors.tasks.half_cheetah:HalfCheetahDir",
+    "half-cheetah-vel": "actors.tasks.half_cheetah:HalfCheetahVel",
+    "ant-dir": "actors.tasks.ant:AntDir",
+    "ant-vel": "actors.tasks.ant:AntVel",
+    "ant-goal": "actors.tasks.ant:AntGoal",
+    "bandit": "actors.tasks.bandit:Bandit",
+    "tabular-mdp": "actors.tasks.tabular_mdp:TabularMDP",
+}
+"""Name → "module:Class". Beside these, `gym:<id>` and a user's own `module:Class`."""
+
+GYM_PREFIX = "gym:"
+
+
+def task_names() -> list[str]:
+    """The names of the built-in families."""
+    return list(FAMILIES)
+
+
+def load_family(
+    name: str, options: Mapping[str, float | int | bool | str] | None = None
+) -> TaskFamily:
+    """The family of that name, with those options.
+
+    Args:
+        name: a built-in name, `gym:<Gymnasium id>`, or `module:Class` for a user's own family.
+        options: values of the family's fields; the others keep their defaults.
+
+    Raises:
+        ValueError: unknown name or id, import path that leads nowhere, unknown option, or a value
+            that the family refuses.
+    """
+    if name.startswith(GYM_PREFIX):
+        family = _import_class("actors.tasks.gym_env:GymFamily")
+        fixed: dict[str, Any] = {"env_id": name.removeprefix(GYM_PREFIX)}
+    elif name in FAMILIES:
+        family, fixed = _import_class(FAMILIES[name]), {}
+    elif ":" in name:
+        family, fixed = _import_class(name), {}
+    else:
+        raise ValueError(
+            f"there is no task family {name!r}; closest: {closest(name, FAMILIES)}. "
+            "`metaloop list` lists all; gym:<id> takes a Gymnasium environment and module:Class "
+            "your own family"
+        )
+    options = dict(options or {})
+    _check_options(name, family, options, fixed)
+    loaded: TaskFamily = family(**fixed, **options)
+    return loaded
+
+
+def closest(given: str, allowed: Iterable[str]) -> str:
+    """The three entries of `allowed` that are most like `given`, separated by commas."""
+    return ", ".join(difflib.get_close_matches(given, list(allowed), n=3, cutoff=0.0))
+
+
+def _import_class(path: str) -> type[Any]:
+    """The class at "package.module:Class"."""
+    module_name, _, class_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"task family {path!r}: the module {module_name!r} cannot be imported ({error})"
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(
+            f"task family {path!r}: the module {module_name!r} has no class {class_name!r}; "
+            f"closest: {closest(class_name, classes) or 'it has no classes'}"
+        )
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise ValueError(
+            f"task family {path!r}: {class_name!r} must be a dataclass that follows "
+            "actors.family.TaskFamily"
+        )
+    return found
+
+
+def _check_options(
+    name: str, family: type[Any], options: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> None:
+    """Raises ValueError where an option is not a field of the family."""
+    allowed = [field.name for field in dataclasses.fields(family) if field.name not in fixed]
+    for option in options:
+        if option not in allowed:
+            known = closest(option, allowed)
+            hint = f"closest: {known}" if known else "it has none"
+            raise ValueError(f"task family {name!r} has no option {option!r}; {hint}")

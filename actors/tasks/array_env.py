@@ -1,0 +1,134 @@
+"""Base of the toy domains: all environments of a batch are rows of torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete, Space
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from actors.family import Task
+from actors.tasks.checks import matching_shape, tasks_at_reset
+from learners.core.trajectory import Spec
+
+
+class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
+    """`num_envs` environments of one toy family, advanced together on `device`.
+
+    All tensors lie on `device`, and so does the generator that every random draw comes from.
+    An environment that has ended stays `terminated`, with reward 0, until the next reset. A
+    subclass keeps its state in tensors of fixed shapes, names them in `arrays`, and defines
+    `set_tasks`, `start` and `advance`.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own field)
+
+    def __init__(
+        self,
+        num_envs: int,
+        spec: Spec,
+        action_space: Space[Any],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_envs = num_envs
+        self.horizon = spec.horizon
+        self.device = torch.device(device)
+        self.single_observation_space = Box(-np.inf, np.inf, (spec.obs_size,), np.float32)
+        self.single_action_space = action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
+        self.generator = torch.Generator(self.device)
+        self.generator.seed()
+        self._action_dtype = torch.int64 if isinstance(action_space, Discrete) else torch.float32
+        self._action_shape = (num_envs, *action_space.shape)  # type: ignore[misc]
+        self._steps = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
+        self._ended = torch.ones(num_envs, dtype=torch.bool, device=self.device)
+        self._has_tasks = False
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """Copies the numbers of the tasks into this environment's tensors."""
+        raise NotImplementedError
+
+    def start(self) -> Tensor:
+        """Puts every environment at its start; returns the observation, [num_envs, O]."""
+        raise NotImplementedError
+
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One step of all: observation [num_envs, O], reward [num_envs], early end [num_envs]."""
+        raise NotImplementedError
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The tensors, by name, that hold tasks and state."""
+        raise NotImplementedError
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Starts all episodes.
+
+        Args:
+            seed: of every draw from now on; without it the random stream goes on.
+            options: {"tasks": [task, ...]}, one per environment; without it the tasks stay.
+
+        Returns:
+            Observation [num_envs, O] float32, and an empty dict.
+
+        Raises:
+            ValueError: there are no tasks yet, or their number or content does not fit.
+        """
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        tasks = tasks_at_reset(options, self.num_envs)
+        if tasks is not None:
+            self.set_tasks(tasks)
+            self._has_tasks = True
+        elif not self._has_tasks:
+            raise ValueError('the first reset needs options={"tasks": [...]}')
+        self._steps.zero_()
+        self._ended.zero_()
+        return self.start(), {}
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+        """One step: observation, reward, terminated, truncated (always False), empty dict.
+
+        Args:
+            actions: [num_envs, A] float32, or [num_envs] int64 where they are discrete.
+        """
+        action = torch.as_tensor(actions, dtype=self._action_dtype, device=self.device)
+        if action.shape != self._action_shape:
+            raise ValueError(
+                f"actions have shape {tuple(action.shape)}, expected {self._action_shape}"
+            )
+        obs, reward, early_end = self.advance(action)
+        reward = reward.masked_fill(self._ended, 0.0)
+        self._steps += ~self._ended
+        self._ended |= self._steps >= self.horizon
+        if early_end is not None:
+            self._ended |= early_end
+        return obs, reward, self._ended.clone(), torch.zeros_like(self._ended), {}
+
+    def _saved(self) -> dict[str, Tensor]:
+        return {"steps": self._steps, "ended": self._ended, **self.arrays()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that the next steps depend on: tasks, state, counters, random state."""
+        saved = {name: tensor.cpu().numpy().copy() for name, tensor in self._saved().items()}
+        return saved | {"rng": self.generator.get_state().numpy().copy()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on bit for bit where `state` was taken, be it by another object.
+
+        Raises:
+            ValueError: `state` belongs to another kind or number of environments.
+        """
+        saved = self._saved()
+        fitting = {name: matching_shape(state, name, saved[name].shape) for name in saved}
+        for name, tensor in saved.items():
+            tensor.copy_(torch.from_numpy(fitting[name].copy()))
+        self.generator.set_state(torch.from_numpy(state["rng"].copy()))
+        self._has_tasks = True

@@ -1,0 +1,91 @@
+"""Checks of what a user gives: option values of a family, tasks at a reset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.family import Task
+
+
+def check_whole(family: object, name: str, lowest: int) -> None:
+    """Raises ValueError unless option `name` of `family` is a whole number ≥ `lowest`."""
+    value = getattr(family, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(
+            f"{type(family).__name__}: {name} must be a whole number of at least {lowest}, "
+            f"not {value!r}"
+        )
+
+
+def check_number(family: object, name: str, lowest: float, exclusive: bool = False) -> None:
+    """Raises ValueError unless option `name` of `family` is finite and ≥ (or >) `lowest`."""
+    value = getattr(family, name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    in_range = is_number and (value > lowest if exclusive else value >= lowest)
+    if not in_range or not math.isfinite(value):
+        bound = f"above {lowest}" if exclusive else f"of at least {lowest}"
+        raise ValueError(
+            f"{type(family).__name__}: {name} must be a finite number {bound}, not {value!r}"
+        )
+
+
+def check_flag(family: object, name: str) -> None:
+    """Raises ValueError unless option `name` of `family` is True or False."""
+    value = getattr(family, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"{type(family).__name__}: {name} must be True or False, not {value!r}")
+
+
+def tasks_at_reset(options: Mapping[str, Any] | None, num_envs: int) -> list[Task] | None:
+    """The list of `num_envs` tasks in a reset's options; None where there is none.
+
+    Raises:
+        ValueError: the list has another length.
+    """
+    if options is None or "tasks" not in options:
+        return None
+    tasks = list(options["tasks"])
+    if len(tasks) != num_envs:
+        raise ValueError(
+            f"reset needs one task per environment: {num_envs} environments, {len(tasks)} tasks"
+        )
+    return tasks
+
+
+def task_array(tasks: Sequence[Task], name: str, size: int) -> np.ndarray:
+    """Entry `name` of every task, [len(tasks), size] float64.
+
+    Raises:
+        ValueError: a task lacks the entry, or it is not `size` finite numbers.
+    """
+    rows = np.empty((len(tasks), size))
+    for index, task in enumerate(tasks):
+        if name not in task:
+            raise ValueError(f"task {index} has no {name!r}: {dict(task)}")
+        value = np.asarray(task[name], dtype=np.float64).reshape(-1)
+        if value.shape != (size,) or not np.isfinite(value).all():
+            raise ValueError(
+                f"task {index}: {name!r} must be {size} finite number(s), not {task[name]!r}"
+            )
+        rows[index] = value
+    return rows
+
+
+def matching_shape(state: Mapping[str, np.ndarray], name: str, shape: Sequence[int]) -> np.ndarray:
+    """Array `name` of a saved environment state.
+
+    Raises:
+        ValueError: it is missing, or has not the `shape` that this environment needs.
+    """
+    if name not in state:
+        raise ValueError(f"the saved environment state has no {name!r}, only {sorted(state)}")
+    if state[name].shape != tuple(shape):
+        raise ValueError(
+            f"the saved environment state was made by another environment: {name!r} has shape "
+            f"{state[name].shape}, this one needs {tuple(shape)}"
+        )
+    return state[name]

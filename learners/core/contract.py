@@ -1,0 +1,95 @@
+"""What every learner offers to the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from learners.core.errors import NonFiniteError
+from learners.core.policy import Policy
+from learners.core.trajectory import Metrics, Params, Reduce, Trajectory
+
+State = dict[str, Params]
+"""All that a learner remembers between iterations, by group; what a checkpoint holds."""
+
+
+@dataclass(frozen=True)
+class Agents:
+    """Who acts: the members' own parameters.
+
+    Attributes:
+        params: θ, each entry stacked on M.
+        slots: inner-optimizer slots stacked on M; empty for plain gradient descent.
+        num_updates: inner updates since the members began.
+    """
+
+    params: Params
+    slots: Params
+    num_updates: int
+
+
+class Learner(Protocol):
+    """One method. Its functions take and return values and keep nothing."""
+
+    @property
+    def policy(self) -> Policy:
+        """What acts on the members' parameters."""
+        ...
+
+    @property
+    def num_inner_updates(self) -> int:
+        """K, inner updates of a training window."""
+        ...
+
+    @property
+    def num_evaluation_updates(self) -> int:
+        """Inner updates of an evaluation."""
+        ...
+
+    def init(self, generator: torch.Generator) -> State:
+        """The state before training."""
+        ...
+
+    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
+        """Which of the M members start anew, and who acts first."""
+        ...
+
+    def inner_update(
+        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+    ) -> Agents:
+        """The members after one update on their own data, without a graph."""
+        ...
+
+    def meta_update(
+        self, state: State, agents: Agents, batches: Sequence[Trajectory], reduce: Reduce
+    ) -> tuple[State, Metrics]:
+        """The state after one outer update.
+
+        Args:
+            state: the state that the window began with.
+            agents: the window's first agents.
+            batches: K support batches and the query batch.
+            reduce: adds partial sums over blocks of members and over learners.
+        """
+        ...
+
+
+def check_finite(trajectory: Trajectory) -> None:
+    """Raises `NonFiniteError` for the first member with a non-finite entry."""
+    for name in ("obs", "action", "reward", "log_prob", "last_obs", "episode_return"):
+        tensor = getattr(trajectory, name)
+        if not tensor.is_floating_point():
+            continue
+        finite = tensor.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            raise NonFiniteError(name, int((~finite).nonzero()[0, 0]))
+
+
+def check_params(params: Params, group: str) -> None:
+    """Raises `NonFiniteError` for the first entry that is not finite."""
+    for name, tensor in params.items():
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"{group}/{name}")

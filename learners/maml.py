@@ -1,0 +1,368 @@
+"""MAML-TRPO (Finn, Abbeel, Levine 2017, arXiv 1703.03400) and its close relatives.
+
+    for each meta-iteration:
+        for each task i of M, starting from the shared policy θ_0 = η:
+            for k in 0 … K-1:
+                D_k   = whole episodes of task i under θ_k
+                Â     = GAE over a linear baseline fitted to D_k, standardised
+                θ_k+1 = θ_k − α ∇ mean_D_k[ −log π_θk(a|s) · Â ]              (paper, eq. 4)
+            D_K = fresh episodes under θ_K
+        L(η)  = mean_i mean_D_K[ −π_θK(η)(a|s) / π_old(a|s) · Â ]            (outer surrogate)
+        KL(η) = mean_i mean_D_K[ KL(π_old ‖ π_θK(η)) ]
+        x     ≈ (∇²KL + damping)⁻¹ ∇L            by conjugate gradient
+        η     ← η − x · √(2δ / xᵀ∇²KL x)          shortened until L falls and KL ≤ δ, else kept
+
+θ_K(η) is recomputed from the stored batches, so that ∇L and KL pass through all K inner updates.
+At the expansion point ∇²KL = Jᵀ F J exactly: J is the Jacobian of the distributions' parameters
+(mean and log σ) with respect to η through the adaptation, F their Fisher matrix. J v is taken as
+the transpose of v ↦ Jᵀ v, whose graph is kept for all products of an iteration.
+
+Variants, one setting each: `first_order` (FOMAML) takes the inner gradients as constants;
+`learn_inner_lr` (Meta-SGD, Li et al. 2017) makes α one meta-parameter per parameter;
+`inner_loss` "likelihood_ratio" and "dice" have the same inner gradient, and a second derivative
+that also holds Â ∇log π ∇log πᵀ (Rothfuss et al. 2019; Foerster et al. 2018, in the form with
+advantages of Farquhar et al. 2019); `exploration` adds −c · mean_i R̄_i · mean_D_k log π_θk(a|s),
+R̄ the return after adaptation standardised over tasks (E-MAML, Stadie et al. 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learners.config import MamlTrpoConfig
+from learners.core import baseline, returns, trust_region
+from learners.core.bilevel import unroll
+from learners.core.contract import Agents, State, check_params
+from learners.core.params import (
+    detach,
+    expand_members,
+    flatten,
+    global_norm,
+    gradients,
+    leaves,
+    unflatten,
+)
+from learners.core.policy import Distribution, Policy
+from learners.core.trajectory import (
+    Metrics,
+    Params,
+    Reduce,
+    Spec,
+    Trajectory,
+    masked_mean,
+    mean_episode_return,
+    sum_in_order,
+)
+
+INNER_LR = "inner_lr/"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the losses need of one trajectory; nothing in it carries gradient."""
+
+    obs: Tensor  # [M, T·E, O]
+    action: Tensor  # [M, T·E, A] or [M, T·E]
+    log_prob: Tensor  # [M, T, E], of the behaviour policy
+    advantage: Tensor  # [M, T, E], standardised per member
+    valid: Tensor  # [M, T, E]
+
+    def members(self, start: int, stop: int) -> Batch:
+        """Members start ≤ m < stop, as views."""
+        return Batch(*(getattr(self, name)[start:stop] for name in self.__dataclass_fields__))
+
+
+def advantages(trajectory: Trajectory, gamma: float, gae_lambda: float) -> Batch:
+    """Fits each member's baseline to its own data and standardises its advantages."""
+    t = trajectory
+    discounted = returns.discounted_returns(t.reward, t.terminated, t.valid, gamma)
+    value = baseline.fit_predict(t.obs, discounted, t.valid)
+    advantage = returns.gae(t.reward, value, t.terminated, t.valid, gamma, gae_lambda)
+    return Batch(
+        obs=t.obs.flatten(1, 2),
+        action=t.action.flatten(1, 2),
+        log_prob=t.log_prob,
+        advantage=returns.standardise(advantage, t.valid),
+        valid=t.valid,
+    )
+
+
+def inner_loss(params: Params, batch: Batch, kind: str, acting: Policy) -> Tensor:
+    """Policy-gradient loss of each member on its own data, [M].
+
+    All kinds have the value 0 or −mean Â and the gradient −mean Â ∇log π; see the module's head
+    for how their second derivatives differ. Gradient flows to `params`.
+    """
+    dist = acting.distribution(params, batch.obs)
+    log_prob = dist.log_prob(batch.action).view_as(batch.advantage) * batch.valid
+    if kind == "log_prob":
+        objective = log_prob
+    elif kind == "likelihood_ratio":
+        objective = torch.exp(log_prob - log_prob.detach())
+    else:
+        past = log_prob.cumsum(1)
+        before = past - log_prob
+        objective = torch.exp(past - past.detach()) - torch.exp(before - before.detach())
+    return -masked_mean(objective * batch.advantage, batch.valid)
+
+
+def surrogate(dist: Distribution, batch: Batch) -> Tensor:
+    """−mean ratio · Â of each member, [M]. Gradient flows to `dist`."""
+    log_prob = dist.log_prob(batch.action).view_as(batch.advantage)
+    ratio = torch.exp((log_prob - batch.log_prob) * batch.valid)
+    return -masked_mean(ratio * batch.advantage, batch.valid)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some members' support batches and query batch, and their share of every mean over M."""
+
+    support: list[Batch]
+    query: Batch
+    credit: Tensor  # [M], return after adaptation standardised over all tasks
+    share: float  # 1 / number of all members
+
+
+@dataclass(frozen=True)
+class MamlTrpo:
+    """The learner; see the head of the module."""
+
+    config: MamlTrpoConfig
+    spec: Spec
+
+    @property
+    def policy(self) -> Policy:
+        """What acts, before and after adaptation."""
+        c = self.config
+        return Policy(self.spec, c.hidden, c.activation, c.init_std)
+
+    @property
+    def num_inner_updates(self) -> int:
+        """K."""
+        return self.config.num_inner_updates
+
+    @property
+    def num_evaluation_updates(self) -> int:
+        """K + 2, as in the paper's figures."""
+        return self.config.num_inner_updates + 2
+
+    def init(self, generator: torch.Generator) -> State:
+        """η: the initial policy, and α of each parameter where it is learned."""
+        c = self.config
+        params = self.policy.init(generator)
+        rates = {INNER_LR + n: torch.full_like(p, c.inner_lr) for n, p in params.items()}
+        return {"meta_params": params | rates if c.learn_inner_lr else params}
+
+    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
+        """All members start anew from η."""
+        params, _ = self.split(state["meta_params"])
+        return [True] * num_members, Agents(expand_members(params, num_members), {}, 0)
+
+    def inner_update(
+        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+    ) -> Agents:
+        """θ_k+1. When evaluating, updates after the first take half the step."""
+        _, inner_lr = self.split(state["meta_params"])
+        if evaluating and agents.num_updates > 0:
+            inner_lr = {name: 0.5 * rate for name, rate in inner_lr.items()}
+        data = advantages(batch, self.config.gamma, self.config.gae_lambda)
+        params = leaves(agents.params)
+        adapted = unroll(params, inner_lr, [data], self.inner_loss, create_graph=False)[-1]
+        adapted = detach(adapted)
+        check_params(adapted, "adapted")
+        return Agents(adapted, {}, agents.num_updates + 1)
+
+    def meta_update(
+        self,
+        state: State,
+        agents: Agents,
+        batches: Sequence[Trajectory],
+        reduce: Reduce = sum_in_order,
+    ) -> tuple[State, Metrics]:
+        """One TRPO step on η."""
+        c = self.config
+        blocks = self.blocks(batches)
+        meta_params = leaves(state["meta_params"])
+        start = flatten(detach(meta_params)).double()
+        graphs = [Linearised.at(self, meta_params, block) for block in blocks]
+        gradient = reduce([graph.gradient(meta_params) for graph in graphs])
+        start_loss = float(reduce([graph.loss.detach() for graph in graphs]))
+
+        def product(vector: Tensor) -> Tensor:
+            direction = unflatten(vector, meta_params)
+            parts = [graph.fisher_product(meta_params, direction) for graph in graphs]
+            return reduce(parts) + c.cg_damping * vector
+
+        direction = trust_region.conjugate_gradient(product, gradient, c.cg_steps)
+        step = trust_region.scale_to_kl(direction, product, c.max_kl)
+        old = [graph.dist for graph in graphs]
+        found = trust_region.line_search(
+            self.evaluation(meta_params, blocks, old, reduce),
+            start,
+            step,
+            start_loss,
+            c.max_kl,
+            c.line_search_ratio,
+            c.line_search_tries,
+        )
+        new = detach(unflatten(found.vector, meta_params))
+        check_params(new, "meta_params")
+        inner = {f"inner/{name}": value for name, value in graphs[0].inner_metrics.items()}
+        metrics = inner | {
+            "meta/loss": found.loss,
+            "meta/loss_before": start_loss,
+            "meta/grad_norm": float(gradient.norm()),
+            "meta/kl": found.kl,
+            "meta/step_norm": float((found.vector - start).norm()),
+            "meta/line_search_tries": float(found.num_tries),
+            "meta/step_accepted": float(found.accepted),
+        }
+        return {"meta_params": new}, metrics
+
+    # --- Parts ---
+
+    def split(self, meta_params: Params) -> tuple[Params, Params]:
+        """η as (θ, α)."""
+        params = {n: p for n, p in meta_params.items() if not n.startswith(INNER_LR)}
+        if self.config.learn_inner_lr:
+            return params, {name: meta_params[INNER_LR + name] for name in params}
+        rate = torch.tensor(self.config.inner_lr)
+        return params, {name: rate.to(p) for name, p in params.items()}
+
+    def inner_loss(self, params: Params, batch: Batch) -> Tensor:
+        """The configured inner loss, [M]."""
+        return inner_loss(params, batch, self.config.inner_loss, self.policy)
+
+    def blocks(self, batches: Sequence[Trajectory]) -> list[Block]:
+        """The window's data, cut into blocks of members."""
+        c = self.config
+        data = [advantages(batch, c.gamma, c.gae_lambda) for batch in batches]
+        score = mean_episode_return(batches[-1]).nan_to_num()
+        credit = (score - score.mean()) / (score.std(correction=0) + 1e-8)
+        total = len(score)
+        bounds = [
+            (start, min(start + c.members_per_block, total))
+            for start in range(0, total, c.members_per_block)
+        ]
+        return [
+            Block([d.members(*b) for d in data[:-1]], data[-1].members(*b), credit[slice(*b)], 1 / total)
+            for b in bounds
+        ]
+
+    def adapt(self, meta_params: Params, block: Block, *, create_graph: bool) -> list[Params]:
+        """θ_0 … θ_K of a block's members as functions of η."""
+        params, inner_lr = self.split(meta_params)
+        start = expand_members(params, len(block.credit))
+        if not create_graph:
+            start = leaves(start)
+        return unroll(
+            start,
+            inner_lr,
+            block.support,
+            self.inner_loss,
+            create_graph=create_graph,
+            first_order=self.config.first_order,
+        )
+
+    def objective(self, trace: list[Params], dist: Distribution, block: Block) -> Tensor:
+        """A block's share of the outer loss: surrogate and, if asked for, exploration term."""
+        loss = surrogate(dist, block.query)
+        if self.config.exploration > 0.0:
+            for params, batch in zip(trace[:-1], block.support, strict=True):
+                acting = self.policy.distribution(params, batch.obs)
+                log_prob = acting.log_prob(batch.action).view_as(batch.valid) - batch.log_prob
+                credit = block.credit * masked_mean(log_prob, batch.valid)
+                loss = loss - self.config.exploration * credit
+        return loss.sum() * block.share
+
+    def evaluation(
+        self,
+        like: Params,
+        blocks: Sequence[Block],
+        old: Sequence[Distribution],
+        reduce: Reduce,
+    ) -> Callable[[Tensor], tuple[float, float]]:
+        """The function of η that a line search looks at: (outer loss, mean KL from `old`)."""
+
+        def of_block(meta_params: Params, block: Block, before: Distribution) -> Tensor:
+            trace = self.adapt(meta_params, block, create_graph=False)
+            with torch.no_grad():
+                dist = self.policy.distribution(trace[-1], block.query.obs)
+                loss = self.objective(trace, dist, block)
+                kl = before.kl(dist).view_as(block.query.valid)  # type: ignore[arg-type]
+                mean_kl = masked_mean(kl, block.query.valid).sum() * block.share
+            return torch.stack([loss, mean_kl])
+
+        def evaluate(vector: Tensor) -> tuple[float, float]:
+            meta_params = unflatten(vector, like)
+            pairs = [of_block(meta_params, b, d) for b, d in zip(blocks, old, strict=True)]
+            loss, kl = reduce(pairs).tolist()
+            return loss, kl
+
+        return evaluate
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """A block's adaptation around η, with the graphs that all products of an iteration share."""
+
+    loss: Tensor  # [], the block's share of the outer loss
+    dist: Distribution  # π_θK at the query observations, detached
+    outputs: tuple[Tensor, ...]  # the parameters of `dist`, with graph to η
+    probe: tuple[Tensor, ...]  # u, shaped like `outputs`
+    pulled: tuple[Tensor, ...]  # Jᵀ u per meta-parameter, with graph to u
+    weight: Tensor  # [M, T·E], share of each query step in the mean over steps and members
+    inner_metrics: Metrics
+
+    @staticmethod
+    def at(learner: MamlTrpo, meta_params: Params, block: Block) -> Linearised:
+        """Builds the graphs; `meta_params` must record gradient."""
+        trace = learner.adapt(meta_params, block, create_graph=True)
+        dist = learner.policy.distribution(trace[-1], block.query.obs)
+        probe = tuple(torch.zeros_like(output, requires_grad=True) for output in dist.tensors)
+        pulled = gradients(dist.tensors, meta_params, probe, create_graph=True)
+        valid = block.query.valid.flatten(1)
+        frozen = type(dist)(*(output.detach() for output in dist.tensors))
+        return Linearised(
+            loss=learner.objective(trace, dist, block),
+            dist=frozen,
+            outputs=dist.tensors,
+            probe=probe,
+            pulled=tuple(pulled.values()),
+            weight=valid / valid.sum(1, keepdim=True).clamp_min(1.0) * block.share,
+            inner_metrics=inner_metrics(learner, trace, frozen, block),
+        )
+
+    def gradient(self, meta_params: Params) -> Tensor:
+        """∇L, [P] float64."""
+        return flatten(gradients(self.loss, meta_params, retain_graph=True)).double()
+
+    def fisher_product(self, meta_params: Params, vector: Params) -> Tensor:
+        """Jᵀ F J v, [P] float64."""
+        along = [vector[name] for name in meta_params]
+        tangents = torch.autograd.grad(
+            self.pulled, self.probe, along, retain_graph=True, materialize_grads=True
+        )
+        cotangents = self.dist.fisher(tangents, self.weight)
+        product = gradients(self.outputs, meta_params, cotangents, retain_graph=True)
+        return flatten(product).double()
+
+
+def inner_metrics(
+    learner: MamlTrpo, trace: list[Params], adapted: Distribution, block: Block
+) -> Metrics:
+    """Size of the adaptation of a block's members: loss, update norm, KL from θ_0 to θ_K."""
+    with torch.no_grad():
+        batch = block.query
+        before = learner.policy.distribution(trace[0], batch.obs)
+        kl = before.kl(adapted).view_as(batch.valid)  # type: ignore[arg-type]
+        step = {name: trace[1][name] - trace[0][name] for name in trace[0]}
+        return {
+            "loss": float(learner.inner_loss(trace[0], block.support[0]).mean()),
+            "step_norm": float(global_norm(step)) / len(block.credit) ** 0.5,
+            "kl": float(masked_mean(kl, batch.valid).mean()),
+        }

@@ -1,0 +1,135 @@
+"""A run's configuration: frozen dataclasses, nothing derived stored. Free of torch and ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from learners.config import MamlTrpoConfig
+from learners.core.errors import ConfigError
+
+TaskOption = float | int | bool | str
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a run is carried out. Nothing here changes what is learned in synchronous mode."""
+
+    backend: Literal["ray", "serial"] = "ray"
+    """ray: actors and learner as processes. serial: everything in this process."""
+    num_actors: int = 2
+    """Rollout actors, one CPU each."""
+    address: str | None = None
+    """Address of a running Ray cluster; a local one is started without it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner computes."""
+    learner_threads: int = 2
+    """CPU threads of the learner. Another number may change sums in their last bits."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints; there is one at the end and on Ctrl-C as well."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    timeout_s: float = 600.0
+    """Longest wait for a remote answer, in seconds."""
+    object_store_mb: int = 512
+    """Size of the object store of a local Ray cluster."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run could use."""
+        for name in ("num_actors", "learner_threads", "keep_checkpoints", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.object_store_mb < 100:
+            raise ConfigError(f"object_store_mb must be at least 100, not {self.object_store_mb}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is learned, on what, and for how long."""
+
+    preset: str
+    """Name of the preset that this started from."""
+    task: str
+    """Task family: a name of `metaloop list`, gym:<id>, or module:Class."""
+    learner: MamlTrpoConfig = field(default_factory=MamlTrpoConfig)
+    """Hyper-parameters of the method."""
+    task_options: dict[str, TaskOption] = field(default_factory=dict)
+    """Fields of the task family that differ from its defaults."""
+    iterations: int = 200
+    """Meta-iterations."""
+    num_members: int = 40
+    """M, tasks per meta-iteration."""
+    num_envs: int = 20
+    """E, parallel environments, and so episodes, of each member in each phase."""
+    members_per_slot: int = 4
+    """Members that one request covers."""
+    envs_per_slot: int = 1_000_000
+    """Environments of a member that one request covers at most."""
+    seed: int = 0
+    """Everything random in the run follows from it."""
+    eval_every: int = 10
+    """Meta-iterations between evaluations; 0 for none but the last."""
+    eval_tasks: int = 40
+    """Tasks of an evaluation, from their own seed stream."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """How it is carried out."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run could use."""
+        positive = ("iterations", "num_members", "num_envs", "members_per_slot", "envs_per_slot")
+        for name in (*positive, "eval_tasks"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("seed", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+
+
+MAY_CHANGE = ("iterations", "eval_every", "eval_tasks", "runtime")
+"""Fields that a resumed run may change: none of them alters what was learned so far."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ConfigError: a field is unknown or missing.
+    """
+    values = dict(values)
+    learner = dict(values.pop("learner"))
+    learner["hidden"] = tuple(learner["hidden"])
+    try:
+        return RunConfig(
+            learner=MamlTrpoConfig(**learner),
+            runtime=RuntimeConfig(**values.pop("runtime")),
+            **values,
+        )
+    except TypeError as error:
+        raise ConfigError(f"this configuration is of another version of metaloop: {error}") from None
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(field, old, new) where two configurations differ in what is learned."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                out |= flat(value, f"{prefix}{name}.")
+            else:
+                out[prefix + name] = value
+        return out
+
+    a, b = flat(to_dict(old)), flat(to_dict(new))
+    names = [n for n in {**a, **b} if n.split(".")[0] not in MAY_CHANGE]
+    absent = "(not set)"
+    return [
+        (n, a.get(n, absent), b.get(n, absent)) for n in names if a.get(n, absent) != b.get(n, absent)
+    ]

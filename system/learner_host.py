@@ -1,0 +1,186 @@
+"""The learner's process: its state, the window that is being collected, and what it publishes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.rollout import Arrays, Chunk
+from learners.config import MamlTrpoConfig
+from learners.core.contract import Agents, State, check_finite
+from learners.core.errors import ConfigError, NonFiniteError
+from learners.core.params import flatten_members
+from learners.core.trajectory import ENV_AXIS, Metrics, Spec, Trajectory, sum_in_order
+from learners.registry import make_learner
+from system.parameter_server import Blocks
+
+Publish = Callable[[int, Blocks], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an update was skipped: a tensor that is not finite.
+
+    Attributes:
+        tensor: its name.
+        member: the first member concerned, or None.
+        arrays: that member's data of the batch at hand, enough to replay it.
+    """
+
+    tensor: str
+    member: int | None
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update brought: the version that acts next, metrics, or a failure."""
+
+    version: int | None = None
+    metrics: Metrics | None = None
+    failure: Failure | None = None
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto" takes CUDA where there is one.
+
+    Raises:
+        ConfigError: "cuda" was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if device != "cpu" and available else "cpu")
+
+
+def join(chunks: Sequence[Chunk]) -> Trajectory:
+    """One trajectory [M, T, E, …] from chunks of slots that together cover it."""
+    num_members = max(chunk.slot.members[1] for chunk in chunks)
+    num_envs = max(chunk.slot.envs[1] for chunk in chunks)
+    joined: dict[str, torch.Tensor] = {}
+    for name, axis in ENV_AXIS.items():
+        sample = chunks[0].arrays[name]
+        shape = [num_members, *sample.shape[1:]]
+        shape[axis] = num_envs
+        whole = np.empty(shape, sample.dtype)
+        for chunk in chunks:
+            place: list[slice] = [slice(*chunk.slot.members)] + [slice(None)] * (axis - 1)
+            whole[(*place, slice(*chunk.slot.envs))] = chunk.arrays[name]
+        joined[name] = torch.from_numpy(whole)
+    return Trajectory(**joined)
+
+
+class LearnerHost:
+    """Runs a learner's functions on chunks and publishes who acts next.
+
+    Every method leaves the state either as it was or after a complete update.
+    """
+
+    def __init__(
+        self, config: MamlTrpoConfig, spec: Spec, seed: int, device: str, num_threads: int
+    ) -> None:
+        self.learner = make_learner(config, spec)
+        self.device = choose_device(device)
+        self.num_threads = num_threads
+        self.version = 0
+        self.state = self.on_device(self.learner.init(torch.Generator().manual_seed(seed)))
+        self.first: Agents | None = None
+        self.agents: Agents | None = None
+        self.batches: list[Trajectory] = []
+        self.member_ranges: list[tuple[int, int]] = []
+        self.publish: Publish = lambda version, blocks: None
+        self.store: Callable[[np.ndarray], Any] = lambda array: array
+
+    # --- The window ---
+
+    def begin(self, num_members: int, member_ranges: Sequence[tuple[int, int]]) -> Any:
+        """Starts a window; returns which members start anew, and the version that acts first."""
+        torch.set_num_threads(self.num_threads)
+        renew, agents = self.learner.begin(self.state, num_members)
+        self.first, self.batches = agents, []
+        self.member_ranges = list(member_ranges)
+        return renew, self.act(agents)
+
+    def inner_update(self, evaluating: bool, *chunks: Chunk) -> Outcome:
+        """One inner update of all members on the chunks of one phase."""
+        torch.set_num_threads(self.num_threads)
+        assert self.agents is not None
+        batch = join(chunks)
+        try:
+            check_finite(batch)
+            batch = batch.to(self.device)
+            agents = self.learner.inner_update(
+                self.state, self.agents, batch, evaluating=evaluating
+            )
+        except NonFiniteError as error:
+            return Outcome(failure=failure(error, batch))
+        self.batches.append(batch)
+        return Outcome(version=self.act(agents))
+
+    def meta_update(self, *chunks: Chunk) -> Outcome:
+        """One outer update on the window's batches and the query chunks."""
+        torch.set_num_threads(self.num_threads)
+        assert self.first is not None
+        batch = join(chunks)
+        try:
+            check_finite(batch)
+            batches = [*self.batches, batch.to(self.device)]
+            state, metrics = self.learner.meta_update(
+                self.state, self.first, batches, sum_in_order
+            )
+        except NonFiniteError as error:
+            return Outcome(failure=failure(error, batch))
+        self.state, self.batches = state, []
+        return Outcome(metrics=metrics)
+
+    def act(self, agents: Agents) -> int:
+        """Publishes the members' parameters as flat arrays, one per range of members."""
+        self.agents = agents
+        self.version += 1
+        flat = flatten_members(agents.params).detach().cpu().numpy()
+        blocks = {
+            bounds: [self.store(np.ascontiguousarray(flat[slice(*bounds)]))]
+            for bounds in self.member_ranges
+        }
+        self.publish(self.version, blocks)
+        return self.version
+
+    # --- The state ---
+
+    def get_state(self) -> State:
+        """The state on the CPU."""
+        return {
+            group: {name: p.detach().cpu() for name, p in params.items()}
+            for group, params in self.state.items()
+        }
+
+    def set_state(self, state: State) -> None:
+        """Takes a state over.
+
+        Raises:
+            ConfigError: its entries or shapes are not this learner's.
+        """
+        for group, params in self.state.items():
+            theirs = {name: p.shape for name, p in state.get(group, {}).items()}
+            if theirs != {name: p.shape for name, p in params.items()}:
+                raise ConfigError(f"the checkpoint's {group} do not fit this learner")
+        self.state = self.on_device(state)
+
+    def on_device(self, state: State) -> State:
+        """The state where the learner computes."""
+        return {
+            group: {name: p.to(self.device) for name, p in params.items()}
+            for group, params in state.items()
+        }
+
+
+def failure(error: NonFiniteError, batch: Trajectory) -> Failure:
+    """The error with the data of the member concerned, or of the first one."""
+    member = error.member or 0
+    one = batch.members(member, member + 1).to("cpu")
+    arrays = {name: getattr(one, name).numpy() for name in ENV_AXIS}
+    return Failure(error.tensor, error.member, arrays)

@@ -1,0 +1,301 @@
+"""The Ray backend: rollout actors, a learner actor and the parameter server.
+
+Chunks and parameters travel by reference: an actor returns a chunk, which the driver then owns and
+hands to the learner unread; the learner puts parameters once and publishes references to them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from actors.family import TaskFamily
+from actors.rollout import Chunk, Receipt, Request, RolloutWorker
+from learners.core.errors import ConfigError
+from learners.core.policy import Policy
+from system.backend import AGENTS, RolloutError, describe
+from system.config import RunConfig, RuntimeConfig
+from system.learner_host import LearnerHost
+from system.parameter_server import ParameterServer, Published
+
+IN_FLIGHT = 2
+"""Requests that an actor has at a time: one being collected, one waiting."""
+
+PROCESS_MB = 450
+"""Memory that one actor or learner process needs at least."""
+
+
+class UnknownVersion(LookupError):
+    """The parameter server does not know a version, as after its restart."""
+
+
+class LearnerDied(RuntimeError):
+    """The learner's process ended."""
+
+
+# --- The actors ---
+
+
+@ray.remote
+class RolloutActor:
+    """A worker in a process of its own."""
+
+    def __init__(self, family: TaskFamily, policy: Policy, server: Any, timeout_s: float) -> None:
+        self.worker = RolloutWorker(family, policy)
+        self.server = server
+        self.timeout_s = timeout_s
+        self.published: Published | None = None
+
+    @ray.method(num_returns=2)
+    def collect(self, request: Request) -> tuple[Chunk, Receipt]:
+        """A chunk and its receipt, under exactly the version asked for."""
+        return self.worker.collect(request, self.params(request))
+
+    def params(self, request: Request) -> np.ndarray:
+        """The slot's parameters, read without a copy from the node's store."""
+        if self.published is None or self.published.version != request.version:
+            answer = self.server.get.remote(AGENTS, request.version)
+            self.published = ray.get(answer, timeout=self.timeout_s)
+        if self.published is None:
+            raise UnknownVersion(f"version {request.version}")
+        return ray.get(self.published.blocks[request.slot.members][0], timeout=self.timeout_s)
+
+    def pid(self) -> int:
+        """Process id; answers once the actor is ready."""
+        return os.getpid()
+
+
+@ray.remote
+class LearnerActor:
+    """The learner's host in a process of its own."""
+
+    def __init__(self, config: RunConfig, family: TaskFamily, seed: int, server: Any) -> None:
+        runtime = config.runtime
+        self.server = server
+        self.timeout_s = runtime.timeout_s
+        self.last: Published | None = None
+        self.host = LearnerHost(
+            config.learner, family.spec, seed, runtime.device, runtime.learner_threads
+        )
+        self.host.store = ray.put
+        self.host.publish = self.publish
+
+    def publish(self, version: int, blocks: Any) -> None:
+        """Tells the parameter server of a new version."""
+        self.last = Published(version, blocks)
+        ray.get(self.server.publish.remote(AGENTS, version, blocks), timeout=self.timeout_s)
+
+    def publish_again(self) -> None:
+        """Fills a parameter server that has lost its memory."""
+        if self.last is not None:
+            self.publish(self.last.version, self.last.blocks)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Calls the host."""
+        return getattr(self.host, method)(*args)
+
+    def info(self) -> tuple[int, Policy, str]:
+        """Process id, what acts, and the device."""
+        return os.getpid(), self.host.learner.policy, str(self.host.device)
+
+
+# --- Starting a cluster ---
+
+
+def check_machine(runtime: RuntimeConfig) -> None:
+    """Refuses to start a local cluster that this machine cannot hold.
+
+    Raises:
+        ConfigError: memory or CPUs are missing; the message says how much and what to do.
+    """
+    needed = runtime.object_store_mb + PROCESS_MB * (runtime.num_actors + 2)
+    free = psutil.virtual_memory().available // 2**20
+    if free < needed:
+        raise ConfigError(
+            f"memory: a local Ray cluster with {runtime.num_actors} actors needs about "
+            f"{needed} MB and {free} MB are free. Use fewer --num-actors, a smaller "
+            f"--object-store-mb, or --backend serial."
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores and runtime.num_actors > cores:
+        logging.getLogger("metaloop").warning(
+            "%d actors on %d CPU cores: they will take turns; --num-actors %d is as fast",
+            runtime.num_actors,
+            cores,
+            cores,
+        )
+
+
+def start_ray(runtime: RuntimeConfig) -> None:
+    """Joins the cluster at `runtime.address`, or starts a local one.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, started, or is too small.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if runtime.address is None:
+        check_machine(runtime)
+        local = {
+            "num_cpus": runtime.num_actors,
+            "object_store_memory": runtime.object_store_mb * 2**20,
+            "include_dashboard": False,
+        }
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        attempt, advice = local, (
+            "Ray's processes need free ports on the loopback interface and space in the "
+            "temporary folder; `metaloop train … --backend serial` does without Ray"
+        )
+    else:
+        attempt, advice = {"address": runtime.address}, (
+            "check that the address is that of a running cluster's head, that its port is open "
+            "from here, and that the authentication token is set"
+        )
+    try:
+        ray.init(**attempt, **quiet)
+    except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as error:
+        place = runtime.address or "a local cluster"
+        raise ConfigError(f"Ray did not start ({place}): {error}. {advice}.") from error
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if cpus < runtime.num_actors:
+        place = f"the cluster at {runtime.address}" if runtime.address else "the local cluster"
+        ray.shutdown()
+        raise ConfigError(
+            f"CPU: {place} has {cpus:g} CPUs and {runtime.num_actors} actors need one each. "
+            f"Use --num-actors {max(int(cpus), 1)} or add nodes."
+        )
+
+
+# --- The backend ---
+
+
+@dataclass
+class Lane:
+    """An actor, what it is working on, and the process that last answered."""
+
+    actor: Any
+    pid: int
+    in_flight: list[Any] = field(default_factory=list)
+
+
+class RayBackend:
+    """Actors, learner and parameter server on Ray. See `system.backend.Backend`."""
+
+    def __init__(self, config: RunConfig, family: TaskFamily, seed: int) -> None:
+        self.config = config
+        self.timeout_s = config.runtime.timeout_s
+        self.actor_restarts = 0
+        start_ray(config.runtime)
+        server_options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 3}
+        self.server = ray.remote(ParameterServer).options(**server_options).remote()  # type: ignore[attr-defined]
+        gpus = 1 if self.wants_gpu() else 0
+        self.learner_actor = LearnerActor.options(num_cpus=0, num_gpus=gpus).remote(  # type: ignore[attr-defined]
+            config, family, seed, self.server
+        )
+        self.learner_pid, policy, self.device = self.get(self.learner_actor.info.remote())
+        actors = [
+            RolloutActor.options(num_cpus=1, max_restarts=-1).remote(  # type: ignore[attr-defined]
+                family, policy, self.server, self.timeout_s
+            )
+            for _ in range(config.runtime.num_actors)
+        ]
+        self.lanes = [Lane(actor, self.get(actor.pid.remote())) for actor in actors]
+
+    def wants_gpu(self) -> bool:
+        """Whether the learner asks Ray for a GPU."""
+        device = self.config.runtime.device
+        available = ray.cluster_resources().get("GPU", 0) >= 1
+        return device == "cuda" or (device == "auto" and available)
+
+    def get(self, reference: Any) -> Any:
+        """`ray.get` that never waits for ever."""
+        try:
+            return ray.get(reference, timeout=self.timeout_s)
+        except GetTimeoutError:
+            raise TimeoutError(
+                f"no answer within {self.timeout_s:g} s; --timeout-s allows for more"
+            ) from None
+
+    def learner(self, method: str, *args: Any) -> Any:
+        """Calls the host; references among `args` arrive as chunks."""
+        try:
+            return self.get(self.learner_actor.call.remote(method, *args))
+        except RayActorError as error:
+            raise LearnerDied(
+                f"the learner's process ended in {method}: {error}. The same command goes on from "
+                f"the newest checkpoint."
+            ) from error
+
+    def collect(self, requests: Sequence[Request]) -> tuple[list[Any], list[Receipt]]:
+        """Collects all requests; those of an actor that died are asked for again."""
+        waiting = deque(requests)
+        running: dict[Any, tuple[Lane, Request, Any]] = {}
+        done: dict[int, tuple[Any, Receipt]] = {}
+        last_progress = time.monotonic()
+        while len(done) < len(requests):
+            self.hand_out(waiting, running)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+            for reference in ready:
+                lane, request, chunk = running.pop(reference)
+                lane.in_flight.remove(reference)
+                received = self.receive(reference, lane, request)
+                if received is None:
+                    waiting.appendleft(request)
+                else:
+                    done[request.slot.id] = (chunk, received)
+                    last_progress = time.monotonic()
+            if time.monotonic() - last_progress > self.timeout_s:
+                slots = sorted(request.slot.id for _, request, _ in running.values())
+                raise RolloutError(
+                    f"no chunk for {self.timeout_s:g} s; still waiting for slots {slots[:10]} "
+                    f"from processes {[lane.pid for lane in self.lanes]}"
+                )
+        ordered = [done[request.slot.id] for request in requests]
+        return [chunk for chunk, _ in ordered], [received for _, received in ordered]
+
+    def hand_out(self, waiting: deque[Request], running: dict[Any, Any]) -> None:
+        """Gives waiting requests to the actors with the least to do."""
+        while waiting:
+            lane = min(self.lanes, key=lambda lane: len(lane.in_flight))
+            if len(lane.in_flight) >= IN_FLIGHT:
+                return
+            request = waiting.popleft()
+            chunk, reference = lane.actor.collect.remote(request)
+            lane.in_flight.append(reference)
+            running[reference] = (lane, request, chunk)
+
+    def receive(self, reference: Any, lane: Lane, request: Request) -> Receipt | None:
+        """The receipt, or None where the request must be asked for again.
+
+        Raises:
+            RolloutError: the environment or the policy raised an error.
+        """
+        try:
+            received: Receipt = self.get(reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, UnknownVersion):
+                self.get(self.learner_actor.publish_again.remote())
+                return None
+            raise RolloutError(
+                describe(request, error.cause, f"actor process {lane.pid}")
+            ) from error
+        except RayError:
+            time.sleep(0.1)
+            return None
+        if received.worker != lane.pid:
+            self.actor_restarts += 1
+            lane.pid = received.worker
+        return received
+
+    def close(self) -> None:
+        """Ends the actors, and the cluster if it is ours."""
+        ray.shutdown()
