@@ -10,6 +10,7 @@ from actors.rollout import Receipt, Request, RolloutWorker
 from system.config import RunConfig
 from system.learner_host import LearnerHost
 from system.parameter_server import ParameterServer
+from system.seeds import Stream, make_seeds
 
 AGENTS = "agents"
 """Name under which the acting parameters are published."""
@@ -78,6 +79,20 @@ class SerialBackend:
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+def make_backend(config: RunConfig, family: TaskFamily) -> Backend:
+    """The configured backend, with a new learner.
+
+    Raises:
+        ConfigError: the device, or what Ray needs, is missing.
+    """
+    (seed,) = make_seeds(config.seed, Stream.INIT, count=1)
+    if config.runtime.backend == "serial":
+        return SerialBackend(config, family, seed)
+    from system.ray_backend import RayBackend
+
+    return RayBackend(config, family, seed)
 
 
 def describe(request: Request, error: BaseException, where: str = "this process") -> str:

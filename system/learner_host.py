@@ -149,6 +149,10 @@ class LearnerHost:
         self.publish(self.version, blocks)
         return self.version
 
+    def num_updates(self) -> tuple[int, int]:
+        """Inner updates of a training window and of an evaluation."""
+        return self.learner.num_inner_updates, self.learner.num_evaluation_updates
+
     # --- The state ---
 
     def get_state(self) -> State:

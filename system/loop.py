@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,13 +71,11 @@ class Phase:
 class Loop:
     """Drives a backend through meta-iterations; touches references and receipts only."""
 
-    def __init__(
-        self, config: RunConfig, family: TaskFamily, backend: Backend, num_updates: tuple[int, int]
-    ) -> None:
+    def __init__(self, config: RunConfig, family: TaskFamily, backend: Backend) -> None:
         self.config = config
         self.family = family
         self.backend = backend
-        self.num_inner_updates, self.num_evaluation_updates = num_updates
+        self.num_inner_updates, self.num_evaluation_updates = backend.learner("num_updates")
         self.members: list[Task] = []
 
     def iterate(self, counters: Counters) -> tuple[Counters, Metrics, SkippedUpdate | None]:
@@ -121,7 +119,7 @@ class Loop:
             skipped = SkippedUpdate(iteration, failure, task, config.seed)
         return counters, metrics, skipped
 
-    def evaluate(self, num_tasks: int, first_task: int = 0) -> tuple[list[Task], np.ndarray]:
+    def evaluate(self, num_tasks: int) -> tuple[list[Task], np.ndarray]:
         """Adapts to evaluation tasks without learning from them.
 
         Returns:
@@ -132,7 +130,7 @@ class Loop:
         _, version = self.backend.learner("begin", len(tasks), member_ranges(slots))
         curve = []
         for k in range(self.num_evaluation_updates + 1):
-            place = (Stream.EVALUATION, first_task, k)
+            place = (Stream.EVALUATION, 0, k)
             handles, phase = self.collect(slots, tasks, version, place)
             curve.append(phase.member_return)
             if k < self.num_evaluation_updates:
@@ -241,8 +239,3 @@ def evaluation_tasks(family: TaskFamily, seed: int, num_tasks: int) -> list[Task
         known = family.finite_tasks
         return [known[i % len(known)] for i in range(max(num_tasks, len(known)))]
     return family.sample(make_rng(seed, Stream.EVALUATION_TASKS, 0), num_tasks)
-
-
-def extend(config: RunConfig, iterations: int) -> RunConfig:
-    """The same run for another number of iterations."""
-    return replace(config, iterations=iterations)

@@ -77,7 +77,7 @@ def _import_class(path: str) -> type[Any]:
     module_name, _, class_name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(
             f"task family {path!r}: the module {module_name!r} cannot be imported ({error})"
         ) from error

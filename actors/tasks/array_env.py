@@ -126,9 +126,9 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
         Raises:
             ValueError: `state` belongs to another kind or number of environments.
         """
-        saved = self._saved()
-        fitting = {name: matching_shape(state, name, saved[name].shape) for name in saved}
-        for name, tensor in saved.items():
+        shapes = {name: array.shape for name, array in self.state().items()}
+        fitting = {name: matching_shape(state, name, shapes[name]) for name in shapes}
+        for name, tensor in self._saved().items():
             tensor.copy_(torch.from_numpy(fitting[name].copy()))
-        self.generator.set_state(torch.from_numpy(state["rng"].copy()))
+        self.generator.set_state(torch.from_numpy(fitting["rng"].copy()))
         self._has_tasks = True

@@ -244,11 +244,14 @@ class SingleEnvBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _executed(self, actions: np.ndarray) -> np.ndarray:
         """Actions as the environments expect them: in bounds, in their shape and type."""
         space = self.single_action_space
+        executed: np.ndarray
         if isinstance(space, Discrete):
-            return actions + space.start
-        assert isinstance(space, Box)
-        shaped = actions.reshape(self.num_envs, *space.shape).astype(space.dtype)
-        return np.clip(shaped, space.low, space.high)
+            executed = actions + space.start
+        else:
+            assert isinstance(space, Box)
+            shaped = actions.reshape(self.num_envs, *space.shape).astype(space.dtype)
+            executed = np.clip(shaped, space.low, space.high)
+        return executed
 
     def close_extras(self, **kwargs: Any) -> None:
         """Closes the environments."""

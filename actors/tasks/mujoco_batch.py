@@ -76,8 +76,8 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     The control is clip(action · action_scale, ±1) and held for five simulation steps. An
     environment that has ended is not simulated further; it keeps its last observation, with reward
-    0, until the next reset. A subclass defines `set_tasks`, `observe`, `position`, `reward`, `arrays`, and
-    where it needs them `alive`, `read_start` and `read_step`.
+    0, until the next reset. A subclass defines `set_tasks`, `observe`, `position`, `reward` and
+    `arrays`, and where it needs them `alive`, `read_start` and `read_step`.
 
     Attributes:
         num_bad_states: how often MuJoCo found a state or control not finite or huge, and put that
@@ -256,7 +256,7 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Everything that the next steps depend on: tasks, state, counters, random state."""
         saved = {name: array.copy() for name, array in self._saved().items()}
         counter = np.array([self.num_bad_states], np.int64)
-        return saved | {"num_bad_states": counter, "rng": _generator_bytes(self._rng)}
+        return {**saved, "num_bad_states": counter, "rng": _generator_bytes(self._rng)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on bit for bit where `state` was taken, be it by another object.
@@ -264,12 +264,12 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Raises:
             ValueError: `state` belongs to another kind or number of environments.
         """
-        saved = self._saved()
-        fitting = {name: matching_shape(state, name, saved[name].shape) for name in saved}
-        for name, array in saved.items():
+        shapes = {name: array.shape for name, array in self.state().items()}
+        fitting = {name: matching_shape(state, name, shapes[name]) for name in shapes}
+        for name, array in self._saved().items():
             array[:] = fitting[name]
-        self.num_bad_states = int(matching_shape(state, "num_bad_states", (1,))[0])
-        self._rng = _generator_from_bytes(state["rng"])
+        self.num_bad_states = int(fitting["num_bad_states"][0])
+        self._rng = _generator_from_bytes(fitting["rng"])
         self._has_tasks = True
 
 

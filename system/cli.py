@@ -1,0 +1,296 @@
+"""The command line. Torch and ray are imported only once a verb needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from actors.tasks import FAMILIES, closest
+from learners.core.errors import ConfigError
+from system.config import RunConfig, RuntimeConfig, TaskOption, to_dict
+from system.presets import PRESETS
+
+USAGE = """\
+metaloop: distributed actor-learner meta-reinforcement learning
+
+  metaloop train PRESET [flags]     train, or go on with the run that is in the folder
+  metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
+  metaloop list                     presets, tasks, learners
+  metaloop show PRESET [flags]      the resolved configuration
+
+`metaloop train PRESET --help` lists all flags; --task.OPTION VALUE sets an option of the task.
+"""
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """What `train` and `show` take."""
+
+    config: RunConfig
+    run_dir: Path | None = None
+    """Folder of the run; by default runs/<preset>-seed<n>. A run that is there goes on."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """What `evaluate` takes."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    json: bool = False
+    """Print one JSON object and nothing else on standard output."""
+    eval_tasks: int | None = None
+    """Tasks to adapt to; by default as many as in training."""
+    backend: Literal["ray", "serial"] | None = None
+    """ray or serial; by default as in training."""
+    num_actors: int | None = None
+    """Rollout actors; by default as in training."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where the learner computes; by default as in training."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "evaluate": evaluate,
+        "list": list_all,
+        "show": show,
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    verb, *rest = arguments
+    try:
+        if verb not in verbs:
+            raise ConfigError(
+                f"there is no verb {verb!r}; closest: {closest(verb, verbs)}. "
+                "`metaloop --help` lists all"
+            )
+        return verbs[verb](rest)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+        if not known_error(error):
+            raise
+        print(f"metaloop: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def known_error(error: BaseException) -> bool:
+    """Whether the message alone tells a user enough; if not, the trace is shown."""
+    if isinstance(error, (ConfigError, OSError, ArithmeticError)):
+        return True
+    ours = ("system.", "actors.", "learners.")
+    return type(error).__module__.startswith(ours) or type(error) is ValueError
+
+
+# --- Verbs ---
+
+
+def train(arguments: list[str]) -> int:
+    """metaloop train PRESET [flags]."""
+    parsed = parse_config(arguments, "train")
+    from system import evaluation, run, run_folder
+
+    folder = parsed.run_dir or run_folder.default_folder(parsed.config)
+    result = run.train(parsed.config, folder)
+    if result is None:
+        return 130
+    evaluation.print_table(result)
+    print(f"run folder   {folder}")
+    print(f"TensorBoard  tensorboard --logdir {folder}")
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """metaloop evaluate RUN [flags]."""
+    check_flags(arguments, EvaluateArguments, "metaloop evaluate --help")
+    parsed = tyro.cli(EvaluateArguments, args=arguments, prog="metaloop evaluate")
+    from system import evaluation, run
+
+    changes = {
+        name: value
+        for name in ("eval_tasks", "backend", "num_actors", "device")
+        if (value := getattr(parsed, name)) is not None
+    }
+    result = run.evaluate(parsed.run, changes)
+    if parsed.json:
+        print(json.dumps(result))
+    else:
+        evaluation.print_table(result)
+    return 0
+
+
+def list_all(arguments: list[str]) -> int:
+    """metaloop list."""
+    print("presets")
+    for name, preset in PRESETS.items():
+        print(f"  {name:<34} {(preset.__doc__ or '').strip().splitlines()[0]}")
+    print("\ntasks, for --task")
+    for name in FAMILIES:
+        print(f"  {name}")
+    print("  gym:<id>                           any Gymnasium environment, as one task")
+    print("  module:Class                       your own family")
+    print("\nlearners")
+    for learner in sorted({name.split("/")[0] for name in PRESETS}):
+        print(f"  {learner}")
+    return 0
+
+
+def show(arguments: list[str]) -> int:
+    """metaloop show PRESET [flags]."""
+    parsed = parse_config(arguments, "show")
+    print(json.dumps(to_dict(parsed.config), indent=1))
+    return 0
+
+
+# --- Parsing ---
+
+
+def parse_config(arguments: list[str], verb: str) -> TrainArguments:
+    """The preset named first, changed by the flags after it.
+
+    Raises:
+        ConfigError: an unknown preset, task, flag or task option; the message has the closest.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: metaloop {verb} PRESET [flags]\n\npresets: {', '.join(PRESETS)}")
+        raise SystemExit(0)
+    name, *rest = arguments
+    if name not in PRESETS:
+        raise ConfigError(
+            f"there is no preset {name!r}; closest: {closest(name, PRESETS)}. "
+            "`metaloop list` lists all"
+        )
+    rest, options = take_task_options(rest)
+    check_flags(rest, TrainArguments, f"metaloop {verb} {name} --help")
+    defaults = PRESETS[name]()
+    hidden = tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    parsed = tyro.cli(
+        hidden(VisibleTrainArguments),
+        args=rest,
+        default=VisibleTrainArguments(defaults),
+        prog=f"metaloop {verb} {name}",
+        description=f"{PRESETS[name].__doc__ or ''}\n\n--task.OPTION VALUE sets an option of the task.",
+    )
+    config = parsed.config
+    if config.task != defaults.task:
+        check_task_name(config.task)
+        config = replace(config, task_options={})
+    if options:
+        config = replace(config, task_options=config.task_options | typed_options(config, options))
+    return TrainArguments(config, parsed.run_dir)
+
+
+@dataclass(frozen=True)
+class VisibleTrainArguments(TrainArguments):
+    """`TrainArguments` as the command line sees them: the preset's own fields are not flags."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: RunConfig(preset="", task="")
+    )
+
+
+def check_task_name(task: str) -> None:
+    """Raises ConfigError for a task that is neither built in nor an import path."""
+    if task not in FAMILIES and ":" not in task:
+        raise ConfigError(
+            f"there is no task family {task!r}; closest: {closest(task, FAMILIES)}. "
+            "`metaloop list` lists all"
+        )
+
+
+def flag_names(kind: type) -> set[str]:
+    """The flags that a dataclass and the dataclasses in it make."""
+    names: set[str] = set()
+    nested = {"config": RunConfig, "runtime": RuntimeConfig}
+    for f in dataclasses.fields(kind):
+        if f.name in nested:
+            names |= flag_names(nested[f.name])
+        elif f.name == "learner":
+            names |= flag_names(type(RunConfig(preset="", task="").learner))
+        elif f.name not in ("preset", "task_options", "run"):
+            names |= {f"--{f.name.replace('_', '-')}"}
+    return names
+
+
+def check_flags(arguments: Sequence[str], kind: type, help_command: str) -> None:
+    """Raises ConfigError for a flag that does not exist, with the three closest."""
+    known = flag_names(kind)
+    negated = {f"--no-{name[2:]}" for name in known}
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag not in known | negated | {"--help"}:
+            raise ConfigError(
+                f"there is no flag {flag}; closest: {closest(flag, sorted(known))}. "
+                f"`{help_command}` lists all"
+            )
+
+
+def take_task_options(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Splits --task.OPTION VALUE (or =VALUE) from the other flags."""
+    rest: list[str] = []
+    options: dict[str, str] = {}
+    waiting = iter(arguments)
+    for argument in waiting:
+        if not argument.startswith("--task."):
+            rest.append(argument)
+            continue
+        name, equals, value = argument.removeprefix("--task.").partition("=")
+        if not equals:
+            following = next(waiting, None)
+            if following is None:
+                raise ConfigError(f"{argument} needs a value")
+            value = following
+        options[name.replace("-", "_")] = value
+    return rest, options
+
+
+def typed_options(config: RunConfig, options: dict[str, str]) -> dict[str, TaskOption]:
+    """Task options with the types of the family's fields.
+
+    Raises:
+        ConfigError: no such option, or a value of another type.
+    """
+    from actors.tasks import load_family
+
+    family = load_family(config.task, config.task_options)
+    fields: dict[str, Any] = {
+        f.name: getattr(family, f.name)
+        for f in dataclasses.fields(family)  # type: ignore[arg-type]
+    }
+    typed: dict[str, TaskOption] = {}
+    for name, text in options.items():
+        if name not in fields:
+            raise ConfigError(
+                f"task {config.task} has no option {name!r}; closest: {closest(name, fields)}"
+            )
+        typed[name] = parse_like(fields[name], text, f"--task.{name}")
+    return typed
+
+
+def parse_like(sample: Any, text: str, flag: str) -> TaskOption:
+    """`text` as a value of the type of `sample`."""
+    if isinstance(sample, bool):
+        truth = {"true": True, "false": False}
+        if text.lower() not in truth:
+            raise ConfigError(f"{flag} takes true or false, not {text!r}")
+        return truth[text.lower()]
+    try:
+        if isinstance(sample, int):
+            return int(text)
+        return float(text) if isinstance(sample, float) else text
+    except ValueError:
+        raise ConfigError(f"{flag} takes a {type(sample).__name__}, not {text!r}") from None

@@ -1,0 +1,108 @@
+"""What an evaluation found: the adaptation curve, as numbers, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from actors.family import Task
+from learners.core.trajectory import Metrics
+from system.statistics import iqm, mean_ci
+
+
+def summarise(
+    preset: str, tasks: Sequence[Task], curve: np.ndarray, held_out: bool
+) -> dict[str, Any]:
+    """The object that `evaluate --json` prints.
+
+    Args:
+        preset: the run's preset.
+        tasks: M tasks.
+        curve: mean raw return of each task after 0 … K inner updates, [M, K+1].
+        held_out: whether training could not have drawn these tasks; where it could, there are
+            only a few, and each is reported apart under "groups".
+    """
+    result: dict[str, Any] = {
+        "preset": preset,
+        "tasks": len(tasks),
+        "held_out": held_out,
+        "adapt": adaptation(curve),
+        "gain": interval(curve[:, 1] - curve[:, 0]) if curve.shape[1] > 1 else None,
+    }
+    if not held_out:
+        result["groups"] = [group(tasks, curve, key) for key in sorted(set(map(task_key, tasks)))]
+    else:
+        result["per_task"] = [
+            {"task": dict(task), "returns": row.tolist()}
+            for task, row in zip(tasks, curve, strict=True)
+            if len(json.dumps(dict(task))) < 200
+        ]
+    return result
+
+
+def group(tasks: Sequence[Task], curve: np.ndarray, key: str) -> dict[str, Any]:
+    """One of a few tasks, over the members that had it."""
+    rows = curve[[task_key(task) == key for task in tasks]]
+    gain = interval(rows[:, 1] - rows[:, 0]) if curve.shape[1] > 1 else None
+    return {"task": json.loads(key), "members": len(rows), "adapt": adaptation(rows), "gain": gain}
+
+
+def task_key(task: Task) -> str:
+    """A task as text."""
+    return json.dumps(dict(task), sort_keys=True)
+
+
+def adaptation(curve: np.ndarray) -> list[dict[str, Any]]:
+    """Mean, interquartile mean and 95 % interval after each number of inner updates."""
+    return [
+        {"k": k, **interval(curve[:, k]), "iqm": iqm(curve[:, k])} for k in range(curve.shape[1])
+    ]
+
+
+def interval(values: np.ndarray) -> dict[str, Any]:
+    """Mean over tasks and its 95 % bootstrap interval."""
+    mean, (low, high) = mean_ci(values)
+    return {"mean": float(mean), "ci95": [float(low), float(high)]}
+
+
+def as_metrics(result: dict[str, Any]) -> Metrics:
+    """The scalars of an evaluation."""
+    metrics = {f"eval/ep_rew_mean_{row['k']}": row["mean"] for row in result["adapt"]}
+    if result["gain"]:
+        low, high = result["gain"]["ci95"]
+        metrics |= {
+            "eval/gain": result["gain"]["mean"],
+            "eval/gain_ci95_low": low,
+            "eval/gain_ci95_high": high,
+        }
+    return metrics
+
+
+def print_table(result: dict[str, Any], console: Console | None = None) -> None:
+    """Returns before and after adaptation, for people."""
+    console = console or Console()
+    what = "held-out tasks" if result["held_out"] else "members, tasks that training knows too"
+    table = Table(title=f"{result['preset']}: return of {result['tasks']} {what}")
+    for name in ("task", "inner updates", "mean", "95 % interval", "IQM"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    groups = result.get("groups", [])
+    for label, rows in [("all", result), *((str(g["task"]), g) for g in groups)]:
+        for row in rows["adapt"]:
+            low, high = row["ci95"]
+            table.add_row(
+                label if row["k"] == 0 else "",
+                str(row["k"]),
+                f"{row['mean']:.2f}",
+                f"[{low:.2f}, {high:.2f}]",
+                f"{row['iqm']:.2f}",
+            )
+        if rows["gain"]:
+            low, high = rows["gain"]["ci95"]
+            table.add_row("", "gain of 1", f"{rows['gain']['mean']:.2f}", f"[{low:.2f}, {high:.2f}]", "")
+        table.add_section()
+    console.print(table)

@@ -1,0 +1,195 @@
+"""Training and evaluation of a run, from its folder to the table at the end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+
+from actors.family import TaskFamily
+from actors.tasks import load_family
+from learners.core.errors import ConfigError
+from system import evaluation, run_folder
+from system.backend import Backend, make_backend
+from system.config import RunConfig, to_dict
+from system.learner_host import choose_device
+from system.loop import Counters, Loop, SkippedUpdate
+from system.progress import Progress
+from system.telemetry import Telemetry
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class StoppedRun(RuntimeError):
+    """A run that ended itself; the message says why and where the evidence lies."""
+
+
+class Interrupt:
+    """Whether the user asked to stop.
+
+    The first Ctrl-C or SIGTERM lets the running iteration finish, the second one does not.
+    """
+
+    asked = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        """The signal handler."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nfinishing this iteration, then saving; once more stops at once", file=sys.stderr)
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Catches Ctrl-C and SIGTERM inside the block."""
+    interrupt = Interrupt()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def running(config: RunConfig) -> Iterator[tuple[TaskFamily, Backend, Loop]]:
+    """The configured backend, ended at the end of the block."""
+    family = load_family(config.task, config.task_options)
+    backend = make_backend(config, family)
+    try:
+        yield family, backend, Loop(config, family, backend)
+    finally:
+        backend.close()
+
+
+def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """Trains until `config.iterations`, or goes on with the run in `folder`.
+
+    Returns:
+        The last evaluation, or None where the user stopped before the end.
+
+    Raises:
+        ConfigError: the folder holds another run, or the machine lacks something.
+        StoppedRun: ten updates in a row were skipped because of non-finite tensors.
+    """
+    load_family(config.task, config.task_options)
+    device = str(choose_device(config.runtime.device))
+    run_folder.open_folder(folder, config, device)
+    restored = run_folder.restore(folder)
+    with interruptible() as interrupt, running(config) as (_, backend, loop):
+        counters = Counters()
+        if restored is not None:
+            state, counters, said = restored
+            backend.learner("set_state", state)
+            for line in [*said, f"going on with {folder} from iteration {counters.iteration}"]:
+                print(line)
+        resume_step = counters.iteration if restored is not None else None
+        with Telemetry(folder, resume_step) as telemetry:
+            telemetry.config_text(to_dict(config))
+            print(f"run folder   {folder}   device {device}")
+            print(f"TensorBoard  tensorboard --logdir {folder}")
+            counters = iterate(config, folder, loop, counters, telemetry, interrupt)
+        if counters.iteration < config.iterations:
+            print(f"stopped at iteration {counters.iteration}; the same command goes on from there")
+            return None
+        result = evaluate_now(config, loop)
+    run_folder.write_json(folder / run_folder.EVALUATION, result | {"iteration": counters.iteration})
+    return result
+
+
+def iterate(
+    config: RunConfig,
+    folder: Path,
+    loop: Loop,
+    counters: Counters,
+    telemetry: Telemetry,
+    interrupt: Interrupt,
+) -> Counters:
+    """Meta-iterations with records and checkpoints, until the end or an interrupt."""
+    saved_at = time.monotonic()
+    with Progress(config.iterations, counters.iteration, config.preset) as progress:
+        while counters.iteration < config.iterations and not interrupt.asked:
+            counters, metrics, skipped = loop.iterate(counters)
+            if skipped is not None:
+                progress.say(str(skipped))
+                stop_if_hopeless(folder, counters, skipped)
+            if config.eval_every and counters.iteration % config.eval_every == 0:
+                metrics |= evaluation.as_metrics(evaluate_now(config, loop))
+            telemetry.write(counters.iteration, counters.env_steps, metrics)
+            progress.update(counters.iteration, counters.env_steps, metrics)
+            if time.monotonic() - saved_at > 60.0 * config.runtime.checkpoint_minutes:
+                save(config, folder, loop, counters)
+                saved_at = time.monotonic()
+    save(config, folder, loop, counters)
+    return counters
+
+
+def save(config: RunConfig, folder: Path, loop: Loop, counters: Counters) -> None:
+    """Writes a checkpoint."""
+    state = loop.backend.learner("get_state")
+    run_folder.save(folder, state, counters, config.runtime.keep_checkpoints)
+
+
+def stop_if_hopeless(folder: Path, counters: Counters, skipped: SkippedUpdate) -> None:
+    """Ends a run whose updates fail again and again, and keeps what shows why."""
+    if counters.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+        return
+    evidence = folder / "non_finite"
+    evidence.mkdir(exist_ok=True)
+    failure = skipped.failure
+    safetensors.numpy.save_file(failure.arrays, evidence / "batch.safetensors")
+    run_folder.write_json(
+        evidence / "batch.json",
+        {
+            "tensor": failure.tensor,
+            "task": None if skipped.task is None else dict(skipped.task),
+            "iteration": skipped.iteration,
+            "seed": skipped.seed,
+        },
+    )
+    raise StoppedRun(
+        f"{counters.skipped_in_a_row} updates in a row were skipped, the last because "
+        f"{failure.tensor} is not finite at iteration {skipped.iteration}. The member's data of "
+        f"that batch are in {evidence}; the newest checkpoint is from before"
+    )
+
+
+def evaluate_now(config: RunConfig, loop: Loop) -> dict[str, Any]:
+    """Adapts to evaluation tasks with what is learned so far."""
+    tasks, curve = loop.evaluate(config.eval_tasks)
+    return evaluation.summarise(config.preset, tasks, curve, loop.family.finite_tasks is None)
+
+
+def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run.
+
+    Args:
+        folder: the run's folder.
+        changes: `eval_tasks` and fields of the runtime configuration that are to differ.
+
+    Raises:
+        ConfigError: no run, or no checkpoint, in the folder.
+    """
+    config = run_folder.read_config(folder)
+    eval_tasks = changes.pop("eval_tasks", None) or config.eval_tasks
+    runtime = replace(config.runtime, **changes)
+    config = replace(config, eval_tasks=eval_tasks, runtime=runtime)
+    restored = run_folder.restore(folder)
+    if restored is None:
+        raise ConfigError(f"{folder} has no checkpoint yet")
+    state, counters, said = restored
+    for line in said:
+        print(line, file=sys.stderr)
+    with running(config) as (_, backend, loop):
+        backend.learner("set_state", state)
+        result = evaluate_now(config, loop)
+    return result | {"iteration": counters.iteration, "env_steps": counters.env_steps}

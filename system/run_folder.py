@@ -1,0 +1,148 @@
+"""A run's folder: what was asked for, by which versions, and how far it came."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from learners.core.errors import ConfigError
+from system import checkpoint
+from system.config import RunConfig, differences, from_dict, to_dict
+from system.loop import Counters
+
+CONFIG, META, EVALUATION = "config.json", "meta.json", "evaluation.json"
+PACKAGES = ("metaloop", "ray", "torch", "gymnasium", "mujoco", "numpy", "safetensors")
+
+
+def default_folder(config: RunConfig) -> Path:
+    """runs/<preset>-seed<n>, without slashes in the preset's name."""
+    return Path("runs") / f"{config.preset.replace('/', '-')}-seed{config.seed}"
+
+
+def open_folder(folder: Path, config: RunConfig, device: str) -> None:
+    """Makes the folder of a new run, or checks that it belongs to this one.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration, or is no run's folder.
+    """
+    if (folder / CONFIG).exists():
+        changed = differences(read_config(folder), config)
+        if changed:
+            lines = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, old, new in changed)
+            raise ConfigError(
+                f"{folder} holds a run with another configuration:\n{lines}\nNothing was changed. "
+                f"Give another --run-dir, or the same settings to go on with that run."
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run; give another --run-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, to_dict(config))
+    write_json(folder / META, describe_process(config, device))
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    try:
+        return from_dict(json.loads((folder / CONFIG).read_text()))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder} is not a run's folder: it has no {CONFIG}. Runs lie under runs/ unless "
+            f"--run-dir said otherwise"
+        ) from None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ConfigError(f"{folder / CONFIG} cannot be read: {error}") from error
+
+
+def describe_process(config: RunConfig, device: str) -> dict[str, Any]:
+    """Versions, command line, code state and machine."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "git": git_state(),
+        "seed": config.seed,
+        "task": config.task,
+        "device": device,
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
+    }
+
+
+def version(package: str) -> str | None:
+    """A package's installed version."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_state() -> dict[str, Any] | None:
+    """The commit that the code is at, and whether it was changed since."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": git("rev-parse", "HEAD"), "changed": changed}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is never seen half-written."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+# --- Checkpoints ---
+
+
+def save(folder: Path, state: Any, counters: Counters, keep: int) -> Path:
+    """Writes a checkpoint of a learner's state and of the counters."""
+    return checkpoint.save(
+        folder / "checkpoints",
+        counters.iteration,
+        checkpoint.flatten(state),
+        {"counters": vars(counters)},
+        keep=keep,
+    )
+
+
+def restore(folder: Path) -> tuple[Any, Counters, list[str]] | None:
+    """The newest good checkpoint: state, counters, and what is to be said of refused ones.
+
+    Raises:
+        CorruptCheckpoint: there are checkpoints and none can be used.
+    """
+    loaded = checkpoint.load_newest(folder / "checkpoints")
+    if loaded is None:
+        return None
+    said = [
+        f"checkpoint {path.name} is refused ({reason}); going on from {loaded.step:08d}"
+        for path, reason in loaded.refused
+    ]
+    return checkpoint.unflatten(loaded.tensors), Counters(**loaded.info["counters"]), said

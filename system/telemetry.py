@@ -1,0 +1,157 @@
+"""What a run records: TensorBoard in `tb/` and one JSON line per write in `metrics.jsonl`.
+
+Both hold the same tags at the same environment steps, and both go on unbroken after a resume.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from learners.core.trajectory import Metrics
+
+HPARAMS_METRICS = ("rollout/ep_rew_mean", "adapt/gain")
+"""Tags that TensorBoard's HPARAMS page shows beside the configuration."""
+
+LARGEST = torch.finfo(torch.float32).max
+"""TensorBoard's scalars are float32; what does not fit would read as infinite."""
+
+
+class Telemetry:
+    """The writer of one run; a context manager.
+
+    Args:
+        run_dir: the run's folder; made where missing.
+        resume_step: the iteration of the checkpoint that training goes on from. Whatever was
+            recorded for later iterations is dropped from `metrics.jsonl` and purged from
+            TensorBoard. None starts anew: all that was recorded is dropped.
+
+    Raises:
+        OSError: from every method, where the disk refuses.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        rows = _rewind(run_dir / "metrics.jsonl", resume_step)
+        # Events at the purge step and later disappear; the configuration is written at it, so
+        # that resuming twice from one checkpoint leaves one copy.
+        self._purge_step = max((row["env_steps"] for row in rows), default=-1) + 1
+        _wait_for_a_later_second(run_dir / "tb")
+        self._events = SummaryWriter(str(run_dir / "tb"), purge_step=self._purge_step)
+        self._lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def write(self, iteration: int, env_steps: int, metrics: Metrics) -> None:
+        """Records scalars by tag at `env_steps` environment steps, on disk when it returns.
+
+        NaN and infinity become null in `metrics.jsonl` and a gap in TensorBoard.
+        """
+        for tag, value in metrics.items():
+            if abs(value) <= LARGEST:  # false for NaN
+                self._events.add_scalar(tag, value, env_steps)
+        # TensorBoard goes first: a write cut short in between is then purged from it on resume.
+        self._events.flush()
+        row = {"iteration": iteration, "env_steps": env_steps} | {
+            tag: float(value) if math.isfinite(value) else None for tag, value in metrics.items()
+        }
+        self._lines.write(json.dumps(row, allow_nan=False) + "\n")
+        self._lines.flush()
+
+    def config_text(self, config: Mapping[str, Any]) -> None:
+        """Records the resolved configuration as a table and as hparams, in this same run."""
+        flat = flat_settings(config)
+        self._events.add_text("config", markdown_table(flat), self._purge_step)
+        # SummaryWriter.add_hparams would open a second run in a sub-folder.
+        summaries = hparams(flat, dict.fromkeys(HPARAMS_METRICS, 0.0))  # type: ignore[no-untyped-call]
+        for summary in summaries:
+            self._events._get_file_writer().add_summary(summary, self._purge_step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._events.close()
+        self._lines.close()
+
+
+def flat_settings(
+    config: Mapping[str, Any], prefix: str = ""
+) -> dict[str, bool | int | float | str]:
+    """Nested settings as one level with dotted names; what is not a plain scalar becomes text."""
+    flat: dict[str, bool | int | float | str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float) else str(value)
+    return flat
+
+
+def markdown_table(settings: Mapping[str, object]) -> str:
+    """Two columns, one row per setting."""
+    cells = [
+        [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
+        for row in settings.items()
+    ]
+    lines = [f"| {name} | {value} |" for name, value in cells]
+    return "\n".join(["| setting | value |", "|---|---|", *lines])
+
+
+def _rewind(path: Path, iteration: int | None) -> list[dict[str, Any]]:
+    """Drops rows after `iteration` (all, where it is None) and cut lines; returns the others.
+
+    The file is replaced in one step, so that an interruption leaves the old one or the new one.
+    """
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+    parsed = [(line, _row(line)) for line in lines]
+    kept = [
+        (line, row)
+        for line, row in parsed
+        if row is not None and iteration is not None and row["iteration"] <= iteration
+    ]
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line, _ in kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    return [row for _, row in kept]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The row that a line spells, or None where it was cut short."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and {"iteration", "env_steps"} <= row.keys()
+    return row if whole else None
+
+
+def _wait_for_a_later_second(folder: Path) -> None:
+    """Waits at most a second, until the next event file sorts after those already there.
+
+    Readers take the files in the order of their names, which begin with the time in seconds.
+    """
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+    if seconds and max(seconds) == int(time.time()):
+        time.sleep(1.0 - time.time() % 1.0)
