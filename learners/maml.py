@@ -58,7 +58,7 @@ from learners.core.trajectory import (
     sum_in_order,
 )
 
-INNER_LR = "inner_lr/"
+INNER_LR = "inner_lr."
 
 
 @dataclass(frozen=True)

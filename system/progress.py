@@ -59,7 +59,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._live:
-            self._live.start()
+            self._live.start(refresh=True)
         return self
 
     def __exit__(

@@ -83,8 +83,9 @@ class Telemetry:
         self._events.add_text("config", markdown_table(flat), self._purge_step)
         # SummaryWriter.add_hparams would open a second run in a sub-folder.
         summaries = hparams(flat, dict.fromkeys(HPARAMS_METRICS, 0.0))  # type: ignore[no-untyped-call]
+        file_writer: Any = self._events.file_writer
         for summary in summaries:
-            self._events._get_file_writer().add_summary(summary, self._purge_step)
+            file_writer.add_summary(summary, self._purge_step)
         self._events.flush()
 
     def close(self) -> None:
@@ -153,5 +154,5 @@ def _wait_for_a_later_second(folder: Path) -> None:
     Readers take the files in the order of their names, which begin with the time in seconds.
     """
     seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
-    if seconds and max(seconds) == int(time.time()):
-        time.sleep(1.0 - time.time() % 1.0)
+    while seconds and max(seconds) == int(time.time()):
+        time.sleep(0.02)

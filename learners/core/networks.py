@@ -23,8 +23,8 @@ def init_mlp(sizes: Sequence[int], generator: torch.Generator) -> Params:
     for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
         bound = (6.0 / (fan_in + fan_out)) ** 0.5
         uniform = torch.rand(fan_in, fan_out, generator=generator)
-        params[f"layer{layer}/weight"] = (2.0 * uniform - 1.0) * bound
-        params[f"layer{layer}/bias"] = torch.zeros(fan_out)
+        params[f"layer{layer}.weight"] = (2.0 * uniform - 1.0) * bound
+        params[f"layer{layer}.bias"] = torch.zeros(fan_out)
     return params
 
 
@@ -34,10 +34,10 @@ def mlp(params: Params, inputs: Tensor, activation: str) -> Tensor:
     One batched product per layer, so that a member's result does not depend on how many members
     share the call. Gradient flows to `params` and `inputs`.
     """
-    num_layers = sum(name.endswith("/weight") for name in params)
+    num_layers = sum(name.endswith(".weight") for name in params)
     hidden = inputs
     for layer in range(num_layers):
-        weight, bias = params[f"layer{layer}/weight"], params[f"layer{layer}/bias"]
+        weight, bias = params[f"layer{layer}.weight"], params[f"layer{layer}.bias"]
         hidden = torch.baddbmm(bias.unsqueeze(1), hidden, weight)
         if layer < num_layers - 1:
             hidden = ACTIVATIONS[activation](hidden)

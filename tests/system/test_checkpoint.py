@@ -444,8 +444,9 @@ def test_killed_while_recovering_from_a_kill(tmp_path, depth):
         return False
 
     save(folder, 1, numbered(1), {"n": 1})
-    total = len(number_of_calls(folder, 1, 1))
-    for first in range(total):
+    calls = [name for name, _ in number_of_calls(folder, 1, 1)]
+    # From the first rename on a kill leaves more than a temporary folder.
+    for first in range(calls.index("rename") + 1, len(calls)):
         second, unfinished = 0, True
         while unfinished:
             shutil.rmtree(folder)

@@ -1,13 +1,23 @@
 import json
 import math
+import time
 
 import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
 from system.telemetry import Telemetry, flat_settings, markdown_table
 
 TAGS = ("rollout/ep_rew_mean", "meta/loss")
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Sleeping moves the clock instead of taking time."""
+    real, ahead = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: ahead.append(ahead.pop() + seconds))
 
 
 def metrics(iteration, offset=0.0):
@@ -28,6 +38,14 @@ def events(run_dir):
 
 def curve(run_dir, tag=TAGS[0]):
     return [(e.step, e.value) for e in events(run_dir).Scalars(tag)]
+
+
+def as_shown(run_dir, tag):
+    """Steps of a tag in the reader that TensorBoard's pages use, where scalars are tensors too."""
+    accumulator = plugin_event_accumulator.EventAccumulator(
+        str(run_dir / "tb"), tensor_size_guidance={"scalars": 0, "text": 0}
+    )
+    return [event.step for event in accumulator.Reload().Tensors(tag)]
 
 
 def rows(run_dir):
@@ -76,6 +94,7 @@ def test_a_resumed_curve_is_unbroken_and_has_no_double_points(tmp_path):
     assert curve(tmp_path) == expected
     assert [(r["env_steps"], r["rollout/ep_rew_mean"]) for r in rows(tmp_path)] == expected
     for tag in TAGS:
+        assert as_shown(tmp_path, tag) == [step for step, _ in expected]
         steps = [step for step, _ in curve(tmp_path, tag)]
         assert steps == sorted(set(steps))
 
@@ -93,8 +112,7 @@ def test_resumed_twice_from_one_checkpoint(tmp_path):
     record(tmp_path, range(3, 5), resume=2, offset=0.25)
     assert curve(tmp_path) == [(1000, 1.0), (2000, 2.0), (3000, 3.25), (4000, 4.25)]
     assert [row["iteration"] for row in rows(tmp_path)] == [1, 2, 3, 4]
-    texts = events(tmp_path).Tensors("config/text_summary")
-    assert [event.step for event in texts] == [0, 2001]
+    assert as_shown(tmp_path, "config/text_summary") == [0, 2001]
 
 
 def test_starting_anew_in_a_used_folder_drops_what_was_there(tmp_path):
@@ -136,6 +154,14 @@ def test_garbage_lines_are_dropped(tmp_path, garbage):
         stream.write(garbage)
     record(tmp_path, [3], resume=2)
     assert [row["iteration"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_event_files_sort_in_the_order_they_were_made(tmp_path):
+    for i in range(12):
+        record(tmp_path, [i], resume=i)
+    assert curve(tmp_path) == [(1000 * i, float(i)) for i in range(12)]
+    seconds = [path.name.split(".")[3] for path in (tmp_path / "tb").iterdir()]
+    assert len(set(seconds)) == 12
 
 
 def test_an_event_file_cut_short_does_not_hide_what_follows(tmp_path):
@@ -200,9 +226,15 @@ def test_flat_settings_and_their_table():
 
 
 def test_files_are_closed_after_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), Telemetry(tmp_path) as telemetry:
-        telemetry.write(1, 10, metrics(1))
-        raise RuntimeError("stop")
+    telemetry = Telemetry(tmp_path)
+
+    def interrupted():
+        with telemetry:
+            telemetry.write(1, 10, metrics(1))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        interrupted()
     with pytest.raises(ValueError, match="closed"):
         telemetry.write(2, 20, metrics(2))
     assert [row["iteration"] for row in rows(tmp_path)] == [1]

@@ -115,6 +115,7 @@ def test_an_id_without_time_limit_needs_a_horizon():
         del gymnasium.registry["metaloop-test/Endless-v0"]
 
 
+@pytest.mark.filterwarnings("ignore:.*symmetric and normalized")
 def test_a_users_family_gives_each_environment_its_task():
     check_env(Pole(), skip_render_check=True)
     family = PoleMass()

@@ -8,7 +8,8 @@ from actors.tasks.mujoco_batch import FRAME_SKIP
 
 
 @pytest.fixture
-def single():
+def single(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo logs a warning about Gymnasium's file where it stands
     env = HalfCheetahEnv(ctrl_cost_weight=0.05)
     yield env
     env.close()
