@@ -274,7 +274,10 @@ def record(
 
 def by_member(tensor: Tensor, m: int, e: int) -> np.ndarray:
     """[T, m·e, …] → contiguous [m, T, e, …]."""
-    return tensor.unflatten(1, (m, e)).transpose(0, 1).contiguous().numpy()
+    num_steps, _, *rest = tensor.shape
+    members_first = tensor.view(num_steps, m, e, *rest).transpose(0, 1)
+    array: np.ndarray = members_first.contiguous().numpy()
+    return array
 
 
 def receipt(chunk: Chunk, seconds: float) -> Receipt:

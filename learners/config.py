@@ -50,9 +50,8 @@ class MamlTrpoConfig:
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
-        positive = ("inner_lr", "num_inner_updates", "max_kl", "cg_steps", "init_std")
-        positive += ("line_search_tries", "members_per_block")
-        for name in positive:
+        positive = ["inner_lr", "num_inner_updates", "max_kl", "cg_steps", "init_std"]
+        for name in [*positive, "line_search_tries", "members_per_block"]:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
         for name in ("gamma", "gae_lambda", "line_search_ratio"):

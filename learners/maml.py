@@ -249,7 +249,12 @@ class MamlTrpo:
             for start in range(0, total, c.members_per_block)
         ]
         return [
-            Block([d.members(*b) for d in data[:-1]], data[-1].members(*b), credit[slice(*b)], 1 / total)
+            Block(
+                [d.members(*b) for d in data[:-1]],
+                data[-1].members(*b),
+                credit[slice(*b)],
+                1 / total,
+            )
             for b in bounds
         ]
 

@@ -29,6 +29,9 @@ metaloop: distributed actor-learner meta-reinforcement learning
 """
 
 
+TASK_OPTION_HELP = "--task.OPTION VALUE sets an option of the task."
+
+
 @dataclass(frozen=True)
 class TrainArguments:
     """What `train` and `show` take."""
@@ -98,7 +101,7 @@ def known_error(error: BaseException) -> bool:
 
 
 def train(arguments: list[str]) -> int:
-    """metaloop train PRESET [flags]."""
+    """Metaloop train PRESET [flags]."""
     parsed = parse_config(arguments, "train")
     from system import evaluation, run, run_folder
 
@@ -113,7 +116,7 @@ def train(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """metaloop evaluate RUN [flags]."""
+    """Metaloop evaluate RUN [flags]."""
     check_flags(arguments, EvaluateArguments, "metaloop evaluate --help")
     parsed = tyro.cli(EvaluateArguments, args=arguments, prog="metaloop evaluate")
     from system import evaluation, run
@@ -132,7 +135,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def list_all(arguments: list[str]) -> int:
-    """metaloop list."""
+    """Metaloop list."""
     print("presets")
     for name, preset in PRESETS.items():
         print(f"  {name:<34} {(preset.__doc__ or '').strip().splitlines()[0]}")
@@ -148,7 +151,7 @@ def list_all(arguments: list[str]) -> int:
 
 
 def show(arguments: list[str]) -> int:
-    """metaloop show PRESET [flags]."""
+    """Metaloop show PRESET [flags]."""
     parsed = parse_config(arguments, "show")
     print(json.dumps(to_dict(parsed.config), indent=1))
     return 0
@@ -181,7 +184,7 @@ def parse_config(arguments: list[str], verb: str) -> TrainArguments:
         args=rest,
         default=VisibleTrainArguments(defaults),
         prog=f"metaloop {verb} {name}",
-        description=f"{PRESETS[name].__doc__ or ''}\n\n--task.OPTION VALUE sets an option of the task.",
+        description=f"{PRESETS[name].__doc__ or ''}\n\n{TASK_OPTION_HELP}",
     )
     config = parsed.config
     if config.task != defaults.task:

@@ -93,7 +93,8 @@ MAY_CHANGE = ("iterations", "eval_every", "eval_tasks", "runtime")
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
@@ -112,7 +113,9 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
             **values,
         )
     except TypeError as error:
-        raise ConfigError(f"this configuration is of another version of metaloop: {error}") from None
+        raise ConfigError(
+            f"this configuration is of another version of metaloop: {error}"
+        ) from None
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -131,5 +134,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     names = [n for n in {**a, **b} if n.split(".")[0] not in MAY_CHANGE]
     absent = "(not set)"
     return [
-        (n, a.get(n, absent), b.get(n, absent)) for n in names if a.get(n, absent) != b.get(n, absent)
+        (n, a.get(n, absent), b.get(n, absent))
+        for n in names
+        if a.get(n, absent) != b.get(n, absent)
     ]

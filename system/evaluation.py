@@ -103,6 +103,8 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             )
         if rows["gain"]:
             low, high = rows["gain"]["ci95"]
-            table.add_row("", "gain of 1", f"{rows['gain']['mean']:.2f}", f"[{low:.2f}, {high:.2f}]", "")
+            table.add_row(
+                "", "gain of 1", f"{rows['gain']['mean']:.2f}", f"[{low:.2f}, {high:.2f}]", ""
+            )
         table.add_section()
     console.print(table)

@@ -46,14 +46,16 @@ class Outcome:
 
 
 def choose_device(device: str) -> torch.device:
-    """ "auto" takes CUDA where there is one.
+    """CUDA for "cuda", and for "auto" where there is one.
 
     Raises:
         ConfigError: "cuda" was asked for and there is none.
     """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+        raise ConfigError(
+            "--device cuda: torch finds no CUDA device here; use --device cpu or auto"
+        )
     return torch.device("cuda" if device != "cpu" and available else "cpu")
 
 
@@ -129,9 +131,7 @@ class LearnerHost:
         try:
             check_finite(batch)
             batches = [*self.batches, batch.to(self.device)]
-            state, metrics = self.learner.meta_update(
-                self.state, self.first, batches, sum_in_order
-            )
+            state, metrics = self.learner.meta_update(self.state, self.first, batches, sum_in_order)
         except NonFiniteError as error:
             return Outcome(failure=failure(error, batch))
         self.state, self.batches = state, []

@@ -182,13 +182,13 @@ class Loop:
         seconds = time.perf_counter() - begun
         return handles, summarise(slots, receipts, len(tasks), seconds)
 
-    def metrics(
-        self, phases: Sequence[Phase], seconds: float, learner_seconds: float
-    ) -> Metrics:
+    def metrics(self, phases: Sequence[Phase], seconds: float, learner_seconds: float) -> Metrics:
         """Returns before and after adaptation, speed, idle time."""
         env_steps = sum(phase.num_steps for phase in phases)
         busy = sum(phase.busy_seconds for phase in phases)
-        num_actors = 1 if self.config.runtime.backend == "serial" else self.config.runtime.num_actors
+        num_actors = (
+            1 if self.config.runtime.backend == "serial" else self.config.runtime.num_actors
+        )
         means = [float(np.nanmean(phase.member_return)) for phase in phases]
         return {f"adapt/ep_rew_mean_{k}": mean for k, mean in enumerate(means)} | {
             "adapt/gain": means[-1] - means[0],
@@ -216,8 +216,8 @@ def summarise(
     """Adds the receipts of one phase up."""
     totals = np.zeros((3, num_members))
     for slot, receipt in zip(slots, receipts, strict=True):
-        columns = slice(*slot.members)
-        totals[:, columns] += [receipt.return_sum, receipt.length_sum, receipt.num_episodes]
+        parts = (receipt.return_sum, receipt.length_sum, receipt.num_episodes)
+        totals[:, slice(*slot.members)] += np.array(parts)
     with np.errstate(invalid="ignore"):
         member_return, member_length = totals[0] / totals[2], totals[1] / totals[2]
     return Phase(

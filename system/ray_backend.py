@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -68,7 +68,8 @@ class RolloutActor:
             self.published = ray.get(answer, timeout=self.timeout_s)
         if self.published is None:
             raise UnknownVersion(f"version {request.version}")
-        return ray.get(self.published.blocks[request.slot.members][0], timeout=self.timeout_s)
+        reference = self.published.blocks[request.slot.members][0]
+        return cast(np.ndarray, ray.get(reference, timeout=self.timeout_s))
 
     def pid(self) -> int:
         """Process id; answers once the actor is ready."""
@@ -142,30 +143,31 @@ def start_ray(runtime: RuntimeConfig) -> None:
     Raises:
         ConfigError: the cluster cannot be reached, started, or is too small.
     """
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if runtime.address is None:
         check_machine(runtime)
-        local = {
+        options |= {
             "num_cpus": runtime.num_actors,
             "object_store_memory": runtime.object_store_mb * 2**20,
             "include_dashboard": False,
         }
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        attempt, advice = local, (
+        advice = (
             "Ray's processes need free ports on the loopback interface and space in the "
             "temporary folder; `metaloop train … --backend serial` does without Ray"
         )
     else:
-        attempt, advice = {"address": runtime.address}, (
+        options["address"] = runtime.address
+        advice = (
             "check that the address is that of a running cluster's head, that its port is open "
             "from here, and that the authentication token is set"
         )
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(**attempt, **quiet)
+        ray.init(**options)
     except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as error:
         place = runtime.address or "a local cluster"
         raise ConfigError(f"Ray did not start ({place}): {error}. {advice}.") from error
-    cpus = ray.cluster_resources().get("CPU", 0)
+    cpus = resources().get("CPU", 0)
     if cpus < runtime.num_actors:
         place = f"the cluster at {runtime.address}" if runtime.address else "the local cluster"
         ray.shutdown()
@@ -173,6 +175,12 @@ def start_ray(runtime: RuntimeConfig) -> None:
             f"CPU: {place} has {cpus:g} CPUs and {runtime.num_actors} actors need one each. "
             f"Use --num-actors {max(int(cpus), 1)} or add nodes."
         )
+
+
+def resources() -> dict[str, float]:
+    """What the cluster has, by name."""
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return found
 
 
 # --- The backend ---
@@ -196,7 +204,7 @@ class RayBackend:
         self.actor_restarts = 0
         start_ray(config.runtime)
         server_options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 3}
-        self.server = ray.remote(ParameterServer).options(**server_options).remote()  # type: ignore[attr-defined]
+        self.server = ray.remote(ParameterServer).options(**server_options).remote()
         gpus = 1 if self.wants_gpu() else 0
         self.learner_actor = LearnerActor.options(num_cpus=0, num_gpus=gpus).remote(  # type: ignore[attr-defined]
             config, family, seed, self.server
@@ -213,7 +221,7 @@ class RayBackend:
     def wants_gpu(self) -> bool:
         """Whether the learner asks Ray for a GPU."""
         device = self.config.runtime.device
-        available = ray.cluster_resources().get("GPU", 0) >= 1
+        available = resources().get("GPU", 0) >= 1
         return device == "cuda" or (device == "auto" and available)
 
     def get(self, reference: Any) -> Any:

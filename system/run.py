@@ -102,7 +102,9 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
             print(f"stopped at iteration {counters.iteration}; the same command goes on from there")
             return None
         result = evaluate_now(config, loop)
-    run_folder.write_json(folder / run_folder.EVALUATION, result | {"iteration": counters.iteration})
+    run_folder.write_json(
+        folder / run_folder.EVALUATION, result | {"iteration": counters.iteration}
+    )
     return result
 
 

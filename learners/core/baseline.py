@@ -18,9 +18,7 @@ def features(obs: Tensor) -> Tensor:
     num_steps = obs.shape[1]
     time = torch.arange(num_steps, dtype=obs.dtype, device=obs.device) / 100.0
     time = time.view(1, num_steps, 1, 1).expand(*obs.shape[:3], 1)
-    return torch.cat(
-        [clipped, clipped.square(), time, time**2, time**3, torch.ones_like(time)], -1
-    )
+    return torch.cat([clipped, clipped.square(), time, time**2, time**3, torch.ones_like(time)], -1)
 
 
 def fit_predict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def init_mlp(sizes: Sequence[int], generator: torch.Generator) -> Params:
         generator: source of randomness.
     """
     params: Params = {}
-    for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         bound = (6.0 / (fan_in + fan_out)) ** 0.5
         uniform = torch.rand(fan_in, fan_out, generator=generator)
         params[f"layer{layer}.weight"] = (2.0 * uniform - 1.0) * bound

@@ -87,7 +87,7 @@ class Categorical:
         return (self.logits.exp() * (self.logits - other.logits)).sum(-1)
 
     def fisher(self, tangents: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
-        """Σ_n weight_n · F_n · tangent with F_n = diag(p) − p pᵀ; shapes as in `Gaussian.fisher`."""
+        """Like `Gaussian.fisher`; F is diag(p) − p pᵀ for the logits of probabilities p."""
         (tangent,) = tangents
         prob = self.logits.exp()
         centred = tangent - (prob * tangent).sum(-1, keepdim=True)

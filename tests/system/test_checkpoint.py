@@ -412,6 +412,7 @@ def test_killed_at_any_call_a_complete_checkpoint_remains(tmp_path, before, step
             with pytest.raises(KilledError):
                 save(folder, step, numbered(-1), {"n": -1}, keep=keep)
         newest = load_newest(folder)
+        folder.mkdir(exist_ok=True)
         if newest is None:
             assert before == []
         else:
@@ -420,6 +421,8 @@ def test_killed_at_any_call_a_complete_checkpoint_remains(tmp_path, before, step
             assert torch.equal(newest.tensors["x"], numbered(n)["x"])
             assert newest.refused == []
         outcomes.add(newest and newest.info["n"])
+        for name in filter(str.isdigit, names(folder)):
+            load(folder / name)  # no older one is left half deleted either
 
         save(folder, step + 1, numbered(0), {"n": 0}, keep=keep)
         assert all(name.isdigit() for name in names(folder)), names(folder)
