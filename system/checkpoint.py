@@ -36,7 +36,7 @@ Tree: TypeAlias = Mapping[str, "Tensor | Tree"]
 """Tensors in nested dictionaries."""
 
 
-class CorruptCheckpoint(Exception):  # noqa: N818 - what it is says more than that it is an error
+class CorruptCheckpoint(Exception):
     """A checkpoint that cannot be trusted, or a folder in which none can.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Bernoulli bandits (Duan et al. 2016, section 3.1), one pull per episode."""
+"""Bernoulli bandits (Duan et al. 2016, section 3.1), all pulls of a member as one episode."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from learners.core.trajectory import Spec
 class Bandit:
     """Arms that pay 1 with their own probability, else 0. Task: {"means": [...]}, U[0, 1] each.
 
-    An episode is one pull, so a member pulls as often as it has environments. The observation is
-    the constant 1, and not 0, because a network of zero biases and ReLU units that sees 0 has zero
+    An episode is `pulls` pulls, so that its return is what papers report; pulls are independent, so
+    a learner should not discount into the next one (γ = 0). The observation is the constant 1, and
+    not 0, because a network of zero biases and ReLU units that sees 0 has zero
     hidden activity and zero gradient everywhere but in its last bias: gradient-based adaptation
     could then learn no more than one step of fixed length on the action probabilities.
 
@@ -29,17 +30,20 @@ class Bandit:
 
     Attributes:
         arms: A, number of arms.
+        pulls: H, pulls of an episode.
     """
 
     arms: int = 5
+    pulls: int = 100
 
     def __post_init__(self) -> None:
         check_whole(self, "arms", 2)
+        check_whole(self, "pulls", 1)
 
     @property
     def spec(self) -> Spec:
-        """One constant, one choice, one step."""
-        return Spec(obs_size=1, action_size=self.arms, discrete=True, horizon=1)
+        """One constant, one choice."""
+        return Spec(obs_size=1, action_size=self.arms, discrete=True, horizon=self.pulls)
 
     @property
     def finite_tasks(self) -> list[Task] | None:
