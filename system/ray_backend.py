@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import uuid
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,9 +51,10 @@ class LearnerDied(RuntimeError):
 class RolloutActor:
     """A worker in a process of its own."""
 
-    def __init__(self, family: TaskFamily, policy: Policy, server: Any, timeout_s: float) -> None:
+    def __init__(self, family: TaskFamily, policy: Policy, server: str, timeout_s: float) -> None:
         self.worker = RolloutWorker(family, policy)
-        self.server = server
+        # By name: a handle among the arguments could be lost before this actor restarts.
+        self.server = ray.get_actor(server)
         self.timeout_s = timeout_s
         self.published: Published | None = None
 
@@ -203,8 +205,9 @@ class RayBackend:
         self.timeout_s = config.runtime.timeout_s
         self.actor_restarts = 0
         start_ray(config.runtime)
-        server_options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": 3}
-        self.server = ray.remote(ParameterServer).options(**server_options).remote()
+        server = f"parameter-server-{uuid.uuid4().hex}"
+        options = {"name": server, "num_cpus": 0, "max_restarts": -1, "max_task_retries": 3}
+        self.server = ray.remote(ParameterServer).options(**options).remote()
         gpus = 1 if self.wants_gpu() else 0
         self.learner_actor = LearnerActor.options(num_cpus=0, num_gpus=gpus).remote(  # type: ignore[attr-defined]
             config, family, seed, self.server
@@ -212,7 +215,7 @@ class RayBackend:
         self.learner_pid, policy, self.device = self.get(self.learner_actor.info.remote())
         actors = [
             RolloutActor.options(num_cpus=1, max_restarts=-1).remote(  # type: ignore[attr-defined]
-                family, policy, self.server, self.timeout_s
+                family, policy, server, self.timeout_s
             )
             for _ in range(config.runtime.num_actors)
         ]

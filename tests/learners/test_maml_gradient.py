@@ -292,13 +292,23 @@ def test_clamped_standard_deviation_gets_exact_zero():
 # --- Unrolling ---
 
 
-def test_unroll_without_graph_keeps_none():
-    params = leaves({"x": torch.ones(2, 3, dtype=torch.float64)})
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_unroll_gives_the_same_values_with_and_without_graph(create_graph, first_order):
+    params = leaves({"x": torch.tensor([[2.0], [5.0]], dtype=torch.float64)})
     rates = {"x": torch.tensor(0.1, dtype=torch.float64)}
     trace = unroll(
-        params, rates, [2.0, 3.0], lambda p, c: c * p["x"].square().sum(1), create_graph=False
+        params,
+        rates,
+        [2.0, 3.0],
+        lambda p, c: 0.5 * c * p["x"].square().sum(1),
+        create_graph=create_graph,
+        first_order=first_order,
     )
-    torch.testing.assert_close(trace[2]["x"], torch.full((2, 3), 0.6 * 0.4, dtype=torch.float64))
+    assert trace[0] is params
+    expected = [1.0, 0.8, 0.8 * 0.7]
+    for theta, factor in zip(trace, expected, strict=True):
+        torch.testing.assert_close(theta["x"], factor * params["x"])
 
 
 def test_unroll_follows_the_chain_rule():

@@ -1,0 +1,358 @@
+"""Collection: slots, chunks, carries and receipts."""
+
+import copy
+import math
+import os
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.rollout import Request, RolloutWorker, Slot, make_slots
+from actors.tasks import load_family
+from learners.core.params import flatten_members, unflatten_members
+from learners.core.policy import Policy
+from learners.core.trajectory import ENV_AXIS, Trajectory
+from tests.system.families import Countdown
+
+pytestmark = pytest.mark.usefixtures("torch_threads")
+
+CARRIED = ["navigation-2d", "half-cheetah-dir", "ant-dir", "tabular-mdp"]
+HORIZON = 10
+
+
+def family_of(name):
+    return load_family(name, {"horizon": HORIZON})
+
+
+def policy_of(family, hidden=(8,)):
+    return Policy(family.spec, hidden, "tanh", 1.0)
+
+
+def members_params(policy, num_members):
+    """Every member's own parameters, as one flat read-only array [m, P]."""
+    each = [policy.init(torch.Generator().manual_seed(m)) for m in range(num_members)]
+    stacked = {name: torch.stack([params[name] for params in each]) for name in each[0]}
+    flat = flatten_members(stacked).numpy()
+    flat = flat + 0.1 * np.random.default_rng(3).normal(size=flat.shape).astype(np.float32)
+    flat.setflags(write=False)
+    return flat
+
+
+def request_of(family, num_members=2, num_envs=3, num_steps=HORIZON, **changes):
+    tasks = tuple(family.sample(np.random.default_rng(4), num_members))
+    slot = Slot(7, (2, 2 + num_members), (3, 3 + num_envs))
+    return Request(slot, tasks, (11, 12), version=5, num_steps=num_steps, **changes)
+
+
+def collect(family, request, worker=None):
+    policy = policy_of(family)
+    worker = worker or RolloutWorker(family, policy)
+    return worker.collect(request, members_params(policy, request.slot.num_members))
+
+
+def used_worker(family):
+    """A worker that has collected something else before."""
+    worker = RolloutWorker(family, policy_of(family))
+    collect(family, replace(request_of(family), seeds=(91, 92)), worker)
+    return worker
+
+
+def assert_same_arrays(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+# Slots
+
+
+@settings(deadline=None)
+@given(
+    num_members=st.integers(1, 12),
+    num_envs=st.integers(1, 12),
+    members_per_slot=st.integers(1, 15),
+    envs_per_slot=st.integers(1, 15),
+)
+def test_slots_cover_every_member_and_environment_once(
+    num_members, num_envs, members_per_slot, envs_per_slot
+):
+    slots = make_slots(num_members, num_envs, members_per_slot, envs_per_slot)
+    covered = np.zeros((num_members, num_envs), int)
+    for slot in slots:
+        block = covered[slice(*slot.members), slice(*slot.envs)]
+        assert block.shape == (slot.num_members, slot.num_envs)
+        assert 0 < slot.num_members <= members_per_slot
+        assert 0 < slot.num_envs <= envs_per_slot
+        block += 1
+    assert (covered == 1).all()
+    assert [slot.id for slot in slots] == list(range(len(slots)))
+
+
+def test_slots_go_through_the_environments_first():
+    slots = make_slots(3, 4, 2, 3)
+    assert [(slot.members, slot.envs) for slot in slots] == [
+        ((0, 2), (0, 3)),
+        ((0, 2), (3, 4)),
+        ((2, 3), (0, 3)),
+        ((2, 3), (3, 4)),
+    ]
+
+
+# Chunks
+
+
+@pytest.mark.parametrize("name", [*CARRIED, "bandit", "half-cheetah-vel", "ant-goal"])
+def test_a_chunk_has_the_fields_and_shapes_of_a_trajectory(name):
+    family = load_family(name, {} if name == "bandit" else {"horizon": HORIZON})
+    spec = family.spec
+    request = request_of(family, num_steps=spec.horizon)
+    chunk, _ = collect(family, request)
+    assert set(chunk.arrays) == {f.name for f in fields(Trajectory)} == set(ENV_AXIS)
+    leading = (2, spec.horizon, 3)
+    trailing = {"obs": (spec.obs_size,), "action": () if spec.discrete else (spec.action_size,)}
+    for array_name, array in chunk.arrays.items():
+        expected = (
+            (2, 3, spec.obs_size)
+            if array_name == "last_obs"
+            else leading + trailing.get(array_name, ())
+        )
+        assert array.shape == expected, array_name
+        assert array.flags.c_contiguous, array_name
+        flag = array_name in ("terminated", "truncated")
+        whole = spec.discrete and array_name == "action"
+        assert array.dtype == (bool if flag else np.int64 if whole else np.float32), array_name
+    assert (chunk.slot, chunk.version, chunk.tasks) == (request.slot, 5, request.tasks)
+    assert chunk.carry is None
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_chunk_is_the_same_for_any_worker_and_again(name):
+    family = family_of(name)
+    request = request_of(family)
+    first, _ = collect(family, request)
+    worker = used_worker(family)
+    other, _ = collect(family, request, worker)
+    again, _ = collect(family, request, worker)
+    assert_same_arrays(first.arrays, other.arrays)
+    assert_same_arrays(first.arrays, again.arrays)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_another_seed_gives_another_chunk(name):
+    family = family_of(name)
+    request = request_of(family)
+    first, _ = collect(family, request)
+    other_noise, _ = collect(family, replace(request, seeds=(11, 13)))
+    assert not np.array_equal(first.arrays["action"], other_noise.arrays["action"])
+    other_env, _ = collect(family, replace(request, seeds=(13, 12)))
+    if name == "navigation-2d":  # deterministic but for the action noise
+        assert_same_arrays(first.arrays, other_env.arrays)
+    else:
+        assert not np.array_equal(first.arrays["reward"], other_env.arrays["reward"])
+
+
+def test_members_act_with_their_own_parameters_and_tasks():
+    family = family_of("navigation-2d")
+    policy = policy_of(family)
+    request = request_of(family)
+    flat = members_params(policy, 2)
+    chunk, _ = RolloutWorker(family, policy).collect(request, flat)
+    swapped = replace(request, tasks=request.tasks[::-1])
+    other, _ = RolloutWorker(family, policy).collect(swapped, flat[::-1].copy())
+    a, b = chunk.arrays, other.arrays
+    # At the origin the noise of a row is the same; mean action and reward are the member's.
+    params = unflatten_members(torch.tensor(flat), policy.init(torch.Generator()))
+    mean = policy.distribution(params, torch.zeros(2, 1, 2)).mean[:, 0].numpy()
+    assert not np.allclose(mean[0], mean[1])
+    np.testing.assert_allclose(
+        a["action"][0, 0] - b["action"][0, 0], np.tile(mean[0] - mean[1], (3, 1)), atol=1e-6
+    )
+    goals = np.array([task["goal"] for task in request.tasks])
+    for member in range(2):
+        moved = np.clip(a["action"][member, 0], -0.1, 0.1)
+        distance = np.linalg.norm(moved - goals[member], axis=1)
+        np.testing.assert_allclose(a["reward"][member, 0], -distance, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_behaviour_log_prob_is_what_the_learner_recomputes(name):
+    family = family_of(name)
+    policy = policy_of(family)
+    chunk, _ = collect(family, request_of(family))
+    a = {name: torch.from_numpy(array) for name, array in chunk.arrays.items()}
+    template = policy.init(torch.Generator())
+    params = unflatten_members(torch.tensor(members_params(policy, 2)), template)
+    dist = policy.distribution(params, a["obs"].flatten(1, 2))
+    log_prob = dist.log_prob(a["action"].flatten(1, 2)).view_as(a["valid"]) * a["valid"]
+    assert a["log_prob"].std() > 0.0
+    torch.testing.assert_close(a["log_prob"], log_prob, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_and_request_are_left_as_they_were():
+    family = family_of("half-cheetah-dir")
+    policy = policy_of(family)
+    flat = members_params(policy, 2)
+    before = flat.copy()
+    worker = RolloutWorker(family, policy)
+    first, _ = worker.collect(request_of(family, num_steps=4, keep_carry=True), flat)
+    request = request_of(family, num_steps=4, carry=first.carry)
+    untouched = copy.deepcopy(request)
+    worker.collect(request, flat)
+    np.testing.assert_array_equal(flat, before)
+    for field in fields(request.carry):
+        left, right = getattr(request.carry, field.name), getattr(untouched.carry, field.name)
+        if field.name == "env":
+            assert_same_arrays(left, right)
+        else:
+            np.testing.assert_array_equal(left, right, err_msg=field.name)
+
+
+# Carry
+
+
+@pytest.mark.parametrize("split", [5, 3])
+@pytest.mark.parametrize("num_envs", [3, 8])
+@pytest.mark.parametrize("name", CARRIED)
+def test_chunks_carried_to_another_worker_are_one_chunk(name, num_envs, split):
+    family = family_of(name)
+    whole, _ = collect(family, request_of(family, num_envs=num_envs))
+    first, _ = collect(
+        family, request_of(family, num_envs=num_envs, num_steps=split, keep_carry=True)
+    )
+    rest = request_of(family, num_envs=num_envs, num_steps=HORIZON - split, carry=first.carry)
+    # The seeds of the second request must not matter: all randomness is in the carry.
+    second, _ = collect(family, replace(rest, seeds=(71, 72)), used_worker(family))
+    for array_name, array in whole.arrays.items():
+        if array_name == "last_obs":
+            joined = second.arrays[array_name]
+        else:
+            joined = np.concatenate([first.arrays[array_name], second.arrays[array_name]], 1)
+        np.testing.assert_array_equal(array, joined, err_msg=array_name)
+
+
+def test_a_carry_remembers_episodes_that_are_over_and_returns_so_far():
+    family = family_of("navigation-2d")
+    # One goal is where every first step ends that is clipped to the corner; one is out of reach.
+    near, far = {"goal": [0.1, 0.1]}, {"goal": [-0.5, -0.5]}
+    policy = policy_of(family)
+    params = policy.init(torch.Generator().manual_seed(0))
+    params["log_std"] = torch.full((2,), -9.0)
+    bias = [name for name, p in params.items() if p.shape == (2,) and name != "log_std"]
+    params[bias[-1]] = torch.ones(2)  # every mean action is far in the corner's direction
+    flat = flatten_members({name: p.expand(2, *p.shape) for name, p in params.items()}).numpy()
+    request = Request(Slot(0, (0, 2), (0, 3)), (near, far), (1, 2), 1, 4, keep_carry=True)
+    worker = RolloutWorker(family, policy)
+    first, _ = worker.collect(request, flat)
+    assert first.carry.ended.tolist() == [True] * 3 + [False] * 3
+    assert first.carry.num_steps == 4
+    second, receipt = worker.collect(
+        replace(request, num_steps=HORIZON - 4, carry=first.carry, keep_carry=False), flat
+    )
+    assert not second.arrays["valid"][0].any()
+    assert second.arrays["valid"][1].all()
+    assert receipt.num_episodes == [0, 3]
+    rewards = np.concatenate([first.arrays["reward"], second.arrays["reward"]], 1)[1].sum(0)
+    np.testing.assert_allclose(second.arrays["episode_return"][1, -1], rewards, rtol=1e-6)
+    assert (second.arrays["episode_length"][1, -1] == HORIZON).all()
+
+
+# Ends of episodes
+
+
+@pytest.fixture
+def countdown():
+    """A chunk of `Countdown` with its request and receipt; lengths 1, 2, 6 and 4."""
+    family = Countdown()
+    tasks = tuple(
+        {"length": length, "truncate": truncate}
+        for length, truncate in [(1, 0), (2, 1), (6, 0), (4, 1)]
+    )
+    request = Request(Slot(3, (0, 4), (0, 2)), tasks, (1, 2), 1, family.horizon)
+    chunk, receipt = collect(family, request)
+    return chunk.arrays, receipt, [task["length"] for task in tasks]
+
+
+def test_steps_after_an_early_end_are_not_valid_and_zero(countdown):
+    arrays, _, lengths = countdown
+    for member, length in enumerate(lengths):
+        assert (arrays["valid"][member, :length] == 1.0).all()
+        for name, array in arrays.items():
+            if name != "last_obs":
+                assert not array[member, length:].any(), name
+
+
+def test_rewards_ends_returns_and_lengths_stand_at_their_step(countdown):
+    arrays, _, lengths = countdown
+    for member, length in enumerate(lengths):
+        steps = np.arange(1, length + 1)
+        for env in range(2):
+            np.testing.assert_array_equal(arrays["reward"][member, :length, env], steps)
+            for name, at_end in [
+                ("episode_return", steps.sum()),
+                ("episode_length", length),
+                ("terminated", member in (0, 2)),
+                ("truncated", member in (1, 3)),
+            ]:
+                expected = np.zeros(6)
+                expected[length - 1] = at_end
+                np.testing.assert_array_equal(arrays[name][member, :, env], expected, err_msg=name)
+
+
+def test_what_an_ended_environment_returns_is_ignored(countdown):
+    arrays, _, _ = countdown
+    for name, array in arrays.items():
+        assert np.isfinite(array).all(), name
+
+
+def test_collection_stops_once_all_episodes_are_over():
+    family = Countdown(horizon=50)
+    tasks = ({"length": 2, "truncate": 0}, {"length": 3, "truncate": 0})
+    worker = RolloutWorker(family, policy_of(family))
+    worker.envs[4] = env = family.make(4)
+    request = Request(Slot(0, (0, 2), (0, 2)), tasks, (1, 2), 1, family.horizon)
+    chunk, receipt = collect(family, request, worker)
+    assert env._steps == 3
+    assert receipt.num_steps == 10
+    assert chunk.arrays["valid"].shape == (2, 50, 2)
+
+
+def test_a_receipt_sums_the_chunk_up(countdown):
+    arrays, receipt, lengths = countdown
+    assert receipt.slot_id == 3
+    assert receipt.num_steps == 2 * sum(lengths)
+    assert receipt.num_episodes == [2, 2, 2, 2]
+    assert receipt.length_sum == [2.0 * length for length in lengths]
+    assert receipt.return_sum == [length * (length + 1.0) for length in lengths]
+    assert receipt.worker == os.getpid()
+    assert receipt.num_bytes == sum(array.nbytes for array in arrays.values())
+    assert receipt.seconds > 0.0
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_returns_and_receipts_agree_with_a_slow_count(name):
+    family = family_of(name)
+    chunk, receipt = collect(family, request_of(family))
+    a = chunk.arrays
+    num_steps, totals = 0, []
+    for member in range(2):
+        episodes = []
+        for env in range(3):
+            total, length = 0.0, 0
+            for t in range(HORIZON):
+                total, length = total + float(a["reward"][member, t, env]), length + 1
+                if a["terminated"][member, t, env] or a["truncated"][member, t, env]:
+                    assert a["episode_length"][member, t, env] == length
+                    assert math.isclose(
+                        a["episode_return"][member, t, env], total, rel_tol=1e-5, abs_tol=1e-5
+                    )
+                    break
+            num_steps += length
+            episodes.append(total)
+        totals.append(sum(episodes))
+    assert receipt.num_steps == num_steps
+    np.testing.assert_allclose(receipt.return_sum, totals, rtol=1e-5, atol=1e-5)

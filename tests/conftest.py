@@ -1,0 +1,176 @@
+"""Fixtures that the tests of several floors share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from system.config import RunConfig, RuntimeConfig
+from system.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+
+TINY_FLAGS = (
+    *("--num-members", "4", "--num-envs", "3", "--members-per-slot", "2"),
+    *("--eval-every", "0", "--eval-tasks", "4", "--task.horizon", "20"),
+    *("--learner-threads", "1", "--device", "cpu", "--object-store-mb", "100"),
+    *("--timeout-s", "120"),
+)
+"""The same run as `tiny_run`, as flags."""
+
+
+@pytest.fixture
+def torch_threads():
+    """Puts the number of torch threads back, which is global to the process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_run():
+    """(task, **changes) → the smallest run of MAML-TRPO that has several slots; serial."""
+
+    def make(task: str = "navigation-2d", **changes) -> RunConfig:
+        known = f"maml-trpo/{task}"
+        config = PRESETS[known if known in PRESETS else "maml-trpo/navigation-2d"]()
+        defaults = {
+            "task": task,
+            "iterations": 3,
+            "num_members": 4,
+            "num_envs": 3,
+            "members_per_slot": 2,
+            "eval_every": 0,
+            "eval_tasks": 4,
+        }
+        runtime = RuntimeConfig(
+            backend="serial",
+            device="cpu",
+            learner_threads=1,
+            timeout_s=120.0,
+            object_store_mb=100,
+        )
+        options = {"horizon": 20} | changes.pop("task_options", {})
+        runtime = replace(runtime, **changes.pop("runtime", {}))
+        return replace(config, **(defaults | changes), task_options=options, runtime=runtime)
+
+    return make
+
+
+class CommandLine:
+    """The console command in processes of its own; those still alive at the end are ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.script = folder / "metaloop"
+        self.script.write_text(
+            "import sys\nfrom system.cli import main\nsys.exit(main())\n", encoding="utf-8"
+        )
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
+        """Starts `metaloop ARGUMENTS`, as installed: with its script's folder on the path."""
+        process = subprocess.Popen(
+            [sys.executable, str(self.script), *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def run(self, *arguments: object, cwd: Path = ROOT) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error of `metaloop ARGUMENTS`."""
+        return self.result(self.start(*arguments, cwd=cwd))
+
+    def result(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
+        """Waits for the end of `process`."""
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the session that `start` began
+                process.communicate(timeout=30)
+
+
+@pytest.fixture
+def command_line(tmp_path_factory):
+    """Starts the console command in processes of its own."""
+    started = CommandLine(tmp_path_factory.mktemp("bin"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_flags():
+    """The flags that make of a preset what `tiny_run` makes of it."""
+    return TINY_FLAGS
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    """(condition, what) waits until the condition's value is true, and returns it."""
+
+    def wait(condition, what: str, seconds: float = 90.0):
+        until = time.monotonic() + seconds
+        while not (value := condition()):
+            if time.monotonic() > until:
+                pytest.fail(f"waited {seconds:g} s in vain until {what}")
+            time.sleep(0.02)
+        return value
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def meanwhile():
+    """(action, *args) runs an action in a thread; calling the result waits for its end."""
+
+    def start(action, *args):
+        errors: list[BaseException] = []
+
+        def guarded() -> None:
+            try:
+                action(*args)
+            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+                errors.append(error)
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+
+        def join() -> None:
+            thread.join(120)
+            assert not thread.is_alive()
+            if errors:
+                raise errors[0]
+
+        return join
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def assert_same_state():
+    """Fails unless two learner states are equal bit for bit."""
+
+    def check(left, right) -> None:
+        assert left.keys() == right.keys()
+        for group in left:
+            assert left[group].keys() == right[group].keys()
+            for name in left[group]:
+                assert torch.equal(left[group][name], right[group][name]), f"{group}/{name}"
+
+    return check

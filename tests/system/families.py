@@ -1,0 +1,152 @@
+"""Families for the tests of the system: environments that fail on demand."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from actors.family import Task
+from actors.tasks.navigation_2d import Navigation2D, Navigation2DEnv
+from learners.core.trajectory import Spec
+
+ORDER_STEP = 2
+"""The step at which `Obedient` follows its orders."""
+
+LONGEST_WAIT_S = 60.0
+"""After so long, an environment that was told to wait raises an error."""
+
+EVERY_TASK = "every task"
+
+
+@dataclass(frozen=True)
+class Obedient(Navigation2D):
+    """2D navigation that at step 2 of an episode follows the orders that lie in a folder.
+
+    An order is a file whose content says whom it is for: the x of a goal, or "every task".
+
+        nan_reward, nan_obs    that number is NaN in the environments concerned
+        raise                  an error, with the process id
+        wait                   waits until the file is gone, and leaves `waiting-<process id>`
+
+    Without orders it is navigation-2d bit for bit.
+
+    Attributes:
+        orders: the folder; none are given where it is empty.
+    """
+
+    orders: str = ""
+
+    def make(self, num_envs: int) -> ObedientEnv:
+        return ObedientEnv(self, num_envs)
+
+
+class ObedientEnv(Navigation2DEnv):
+    """The batch of `Obedient`."""
+
+    def __init__(self, family: Obedient, num_envs: int) -> None:
+        super().__init__(family, num_envs)
+        self._orders = Path(family.orders) if family.orders else None
+
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        obs, reward, reached = super().advance(action)
+        if self._orders is None or int(self._steps.max()) != ORDER_STEP:
+            return obs, reward, reached
+        if self._concerned("wait").any():
+            self._wait()
+        if self._concerned("raise").any():
+            raise RuntimeError(f"the simulator broke in process {os.getpid()}")
+        reward = reward.masked_fill(self._concerned("nan_reward"), math.nan)
+        obs = obs.masked_fill(self._concerned("nan_obs").unsqueeze(1), math.nan)
+        return obs, reward, reached
+
+    def _concerned(self, order: str) -> Tensor:
+        """Environments that the order is for, [num_envs] bool."""
+        try:
+            content = (self._orders / order).read_text()
+        except FileNotFoundError:
+            return torch.zeros(self.num_envs, dtype=torch.bool)
+        if content == EVERY_TASK:
+            return torch.ones(self.num_envs, dtype=torch.bool)
+        return (self._goal[:, 0] - float(content)).abs() < 1e-6
+
+    def _wait(self) -> None:
+        (self._orders / f"waiting-{os.getpid()}").touch()
+        until = time.monotonic() + LONGEST_WAIT_S
+        while (self._orders / "wait").exists():
+            if time.monotonic() > until:
+                raise TimeoutError("told to wait for too long")
+            time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Countdown:
+    """Episodes of given lengths; the reward of step t is t + 1.
+
+    An environment that has ended returns garbage, NaN among it, as the contract allows.
+    Task: {"length": steps until the end, "truncate": 1 where the end is a time limit}.
+    """
+
+    horizon: int = 6
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(obs_size=2, action_size=1, discrete=False, horizon=self.horizon)
+
+    @property
+    def finite_tasks(self) -> list[Task] | None:
+        return None
+
+    def sample(self, rng: np.random.Generator, num_tasks: int) -> list[Task]:
+        lengths = rng.integers(1, self.horizon + 1, num_tasks)
+        return [{"length": length, "truncate": length % 2} for length in lengths.tolist()]
+
+    def make(self, num_envs: int) -> CountdownEnv:
+        return CountdownEnv(self, num_envs)
+
+
+class CountdownEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """The batch of `Countdown`."""
+
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own field)
+
+    def __init__(self, family: Countdown, num_envs: int) -> None:
+        self.num_envs = num_envs
+        self.single_observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+        self.single_action_space = Box(-1.0, 1.0, (1,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._steps = 0
+        self._tasks: Sequence[Task] = ()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        self._tasks = list((options or {})["tasks"])
+        self._steps = 0
+        return self._observe(), {}
+
+    def step(self, actions: np.ndarray):
+        lengths = np.array([task["length"] for task in self._tasks])
+        limits = np.array([bool(task["truncate"]) for task in self._tasks])
+        ended_before = self._steps >= lengths
+        self._steps += 1
+        over = self._steps >= lengths
+        obs = self._observe()
+        obs[ended_before] = np.nan
+        reward = np.full(self.num_envs, self._steps, np.float32)
+        reward[ended_before] = np.nan
+        return obs, reward, over & ~limits, over & limits, {}
+
+    def _observe(self) -> np.ndarray:
+        rows = np.arange(self.num_envs, dtype=np.float32)
+        return np.stack([np.full(self.num_envs, self._steps, np.float32), rows], 1)
