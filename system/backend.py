@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,11 @@ class Backend(Protocol):
 
     actor_restarts: int
     """Workers that died and came back, so far."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes of driver, learner and workers."""
+        ...
 
     def learner(self, method: str, *args: Any) -> Any:
         """Calls a method of the learner's host; handles among `args` become chunks there."""
@@ -59,6 +65,11 @@ class SerialBackend:
         self.server = ParameterServer()
         self.host.publish = lambda version, blocks: self.server.publish(AGENTS, version, blocks)
         self.worker = RolloutWorker(family, self.host.learner.policy)
+
+    @property
+    def pids(self) -> list[int]:
+        """This process."""
+        return [os.getpid()]
 
     def learner(self, method: str, *args: Any) -> Any:
         """Calls the host."""

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 
 from actors.family import Task, TaskFamily
 from actors.rollout import Receipt, Request, Slot, make_slots
@@ -200,6 +202,7 @@ class Loop:
             "perf/actor_idle_frac": max(0.0, 1.0 - busy / (num_actors * seconds)),
             "perf/learner_idle_frac": max(0.0, 1.0 - learner_seconds / seconds),
             "sys/actor_restarts": float(self.backend.actor_restarts),
+            "sys/rss_mb": resident_mb(self.backend.pids),
             "sys/object_store_mb": max(phase.num_bytes for phase in phases) / 2**20,
             "time/iteration": seconds,
         }
@@ -208,6 +211,18 @@ class Loop:
 def member_ranges(slots: Sequence[Slot]) -> list[tuple[int, int]]:
     """The distinct ranges of members, in order."""
     return list(dict.fromkeys(slot.members for slot in slots))
+
+
+def resident_mb(pids: Sequence[int]) -> float:
+    """Resident memory of those of the processes that run on this machine, in MiB.
+
+    Pages that several of them share, as those of the object store, count for each.
+    """
+    total = 0
+    for pid in pids:
+        with suppress(psutil.Error):
+            total += psutil.Process(pid).memory_info().rss
+    return total / 2**20
 
 
 def summarise(

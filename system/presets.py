@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from learners.config import MamlTrpoConfig
-from system.config import RunConfig
+from system.config import RunConfig, TaskOption
 
 MAML = MamlTrpoConfig(
     inner_loss="likelihood_ratio", gae_lambda=0.9, max_kl=0.02, members_per_block=10
@@ -18,7 +18,7 @@ gradients of two members with the same HalfCheetah task then agree twice as well
 ratio as the inner loss keeps the part of the meta-gradient that credits the data before adaptation.
 """
 
-LOCOMOTION = {"action_scale": 0.3}
+LOCOMOTION: dict[str, TaskOption] = {"action_scale": 0.3}
 """A new policy's standard deviation is 0.3 of the torque range: with the whole range most actions
 are clipped, and the inner gradient of 20 episodes is all noise."""
 

@@ -66,7 +66,7 @@ class RolloutActor:
     def params(self, request: Request) -> np.ndarray:
         """The slot's parameters, read without a copy from the node's store."""
         if self.published is None or self.published.version != request.version:
-            answer = self.server.get.remote(AGENTS, request.version)
+            answer: Any = self.server.get.remote(AGENTS, request.version)
             self.published = ray.get(answer, timeout=self.timeout_s)
         if self.published is None:
             raise UnknownVersion(f"version {request.version}")
@@ -220,6 +220,11 @@ class RayBackend:
             for _ in range(config.runtime.num_actors)
         ]
         self.lanes = [Lane(actor, self.get(actor.pid.remote())) for actor in actors]
+
+    @property
+    def pids(self) -> list[int]:
+        """Driver, learner and actors, as far as they last answered."""
+        return [os.getpid(), self.learner_pid, *(lane.pid for lane in self.lanes)]
 
     def wants_gpu(self) -> bool:
         """Whether the learner asks Ray for a GPU."""

@@ -85,7 +85,8 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     device = str(choose_device(config.runtime.device))
     run_folder.open_folder(folder, config, device)
     restored = run_folder.restore(folder)
-    with interruptible() as interrupt, running(config) as (_, backend, loop):
+    # Ray sets a handler of its own when it starts, so ours comes after it.
+    with running(config) as (_, backend, loop), interruptible() as interrupt:
         counters = Counters()
         if restored is not None:
             state, counters, said = restored
