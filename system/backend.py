@@ -1,17 +1,11 @@
-"""Where actors and learner run: one small interface, and the serial backend behind it."""
+"""Where actors and learner run: the interface that the serial and the Ray backend share."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from actors.family import TaskFamily
-from actors.rollout import Receipt, Request, RolloutWorker
-from system.config import RunConfig
-from system.learner_host import LearnerHost
-from system.parameter_server import ParameterServer
-from system.seeds import Stream, make_seeds
+from actors.rollout import Receipt, Request
 
 AGENTS = "agents"
 """Name under which the acting parameters are published."""
@@ -50,60 +44,6 @@ class Backend(Protocol):
 
 class RolloutError(RuntimeError):
     """Collection failed; the message names tasks, worker, cause and what was done."""
-
-
-class SerialBackend:
-    """Everything in this process: for debugging, tests and machines without Ray."""
-
-    actor_restarts = 0
-
-    def __init__(self, config: RunConfig, family: TaskFamily, seed: int) -> None:
-        runtime = config.runtime
-        self.host = LearnerHost(
-            config.learner, family.spec, seed, runtime.device, runtime.learner_threads
-        )
-        self.server = ParameterServer()
-        self.host.publish = lambda version, blocks: self.server.publish(AGENTS, version, blocks)
-        self.worker = RolloutWorker(family, self.host.learner.policy)
-
-    @property
-    def pids(self) -> list[int]:
-        """This process."""
-        return [os.getpid()]
-
-    def learner(self, method: str, *args: Any) -> Any:
-        """Calls the host."""
-        return getattr(self.host, method)(*args)
-
-    def collect(self, requests: Sequence[Request]) -> tuple[list[Any], list[Receipt]]:
-        """Collects one request after the other."""
-        results = []
-        for request in requests:
-            published = self.server.get(AGENTS, request.version)
-            assert published is not None
-            params = published.blocks[request.slot.members][0]
-            try:
-                results.append(self.worker.collect(request, params))
-            except Exception as error:
-                raise RolloutError(describe(request, error)) from error
-        return [chunk for chunk, _ in results], [receipt for _, receipt in results]
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-def make_backend(config: RunConfig, family: TaskFamily) -> Backend:
-    """The configured backend, with a new learner.
-
-    Raises:
-        ConfigError: the device, or what Ray needs, is missing.
-    """
-    (seed,) = make_seeds(config.seed, Stream.INIT, count=1)
-    if config.runtime.backend == "serial":
-        return SerialBackend(config, family, seed)
-    from system.ray_backend import RayBackend
-
-    return RayBackend(config, family, seed)
 
 
 def describe(request: Request, error: BaseException, where: str = "this process") -> str:

@@ -17,11 +17,13 @@ from actors.family import TaskFamily
 from actors.tasks import load_family
 from learners.core.errors import ConfigError
 from system import evaluation, run_folder
-from system.backend import Backend, make_backend
+from system.backend import Backend
 from system.config import RunConfig, to_dict
 from system.learner_host import choose_device
 from system.loop import Counters, Loop, SkippedUpdate
 from system.progress import Progress
+from system.seeds import Stream, make_seeds
+from system.serial_backend import SerialBackend
 from system.telemetry import Telemetry
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -58,6 +60,20 @@ def interruptible() -> Iterator[Interrupt]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def make_backend(config: RunConfig, family: TaskFamily) -> Backend:
+    """The configured backend, with a new learner.
+
+    Raises:
+        ConfigError: the device, or what Ray needs, is missing.
+    """
+    (seed,) = make_seeds(config.seed, Stream.INIT, count=1)
+    if config.runtime.backend == "serial":
+        return SerialBackend(config, family, seed)
+    from system.ray_backend import RayBackend  # ray takes a second to import
+
+    return RayBackend(config, family, seed)
 
 
 @contextmanager

@@ -1,0 +1,54 @@
+"""The serial backend: everything in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from actors.family import TaskFamily
+from actors.rollout import Receipt, Request, RolloutWorker
+from system.backend import AGENTS, RolloutError, describe
+from system.config import RunConfig
+from system.learner_host import LearnerHost
+from system.parameter_server import ParameterServer
+
+
+class SerialBackend:
+    """Everything in this process: for debugging, tests and machines without Ray."""
+
+    actor_restarts = 0
+
+    def __init__(self, config: RunConfig, family: TaskFamily, seed: int) -> None:
+        runtime = config.runtime
+        self.host = LearnerHost(
+            config.learner, family.spec, seed, runtime.device, runtime.learner_threads
+        )
+        self.server = ParameterServer()
+        self.host.publish = lambda version, blocks: self.server.publish(AGENTS, version, blocks)
+        self.worker = RolloutWorker(family, self.host.learner.policy)
+
+    @property
+    def pids(self) -> list[int]:
+        """This process."""
+        return [os.getpid()]
+
+    def learner(self, method: str, *args: Any) -> Any:
+        """Calls the host."""
+        return getattr(self.host, method)(*args)
+
+    def collect(self, requests: Sequence[Request]) -> tuple[list[Any], list[Receipt]]:
+        """Collects one request after the other."""
+        results = []
+        for request in requests:
+            published = self.server.get(AGENTS, request.version)
+            assert published is not None
+            params = published.blocks[request.slot.members][0]
+            try:
+                results.append(self.worker.collect(request, params))
+            except Exception as error:
+                raise RolloutError(describe(request, error)) from error
+        return [chunk for chunk, _ in results], [receipt for _, receipt in results]
+
+    def close(self) -> None:
+        """Nothing to end."""
