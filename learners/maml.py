@@ -20,9 +20,9 @@ the transpose of v ↦ Jᵀ v, whose graph is kept for all products of an iterat
 Variants, one setting each: `first_order` (FOMAML) takes the inner gradients as constants;
 `learn_inner_lr` (Meta-SGD, Li et al. 2017) makes α one meta-parameter per parameter;
 `inner_loss` "likelihood_ratio" and "dice" have the same inner gradient, and a second derivative
-that also holds Â ∇log π ∇log πᵀ (Rothfuss et al. 2019; Foerster et al. 2018, in the form with
-advantages of Farquhar et al. 2019); `exploration` adds −c · mean_i R̄_i · mean_D_k log π_θk(a|s),
-R̄ the return after adaptation standardised over tasks (E-MAML, Stadie et al. 2018).
+that also holds Â ∇log π ∇log πᵀ (see `core.policy_gradient`); `exploration` adds
+−c · mean_i R̄_i · mean_D_k log π_θk(a|s), R̄ the return after adaptation standardised over tasks
+(E-MAML, Stadie et al. 2018).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from learners.config import MamlTrpoConfig
-from learners.core import baseline, returns, trust_region
+from learners.core import trust_region
 from learners.core.bilevel import unroll
 from learners.core.contract import Agents, State, check_params
 from learners.core.params import (
@@ -47,6 +47,7 @@ from learners.core.params import (
     unflatten,
 )
 from learners.core.policy import Distribution, Policy
+from learners.core.policy_gradient import Batch, advantages, inner_loss, surrogate
 from learners.core.trajectory import (
     Metrics,
     Params,
@@ -59,62 +60,6 @@ from learners.core.trajectory import (
 )
 
 INNER_LR = "inner_lr."
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the losses need of one trajectory; nothing in it carries gradient."""
-
-    obs: Tensor  # [M, T·E, O]
-    action: Tensor  # [M, T·E, A] or [M, T·E]
-    log_prob: Tensor  # [M, T, E], of the behaviour policy
-    advantage: Tensor  # [M, T, E], standardised per member
-    valid: Tensor  # [M, T, E]
-
-    def members(self, start: int, stop: int) -> Batch:
-        """Members start ≤ m < stop, as views."""
-        return Batch(*(getattr(self, name)[start:stop] for name in self.__dataclass_fields__))
-
-
-def advantages(trajectory: Trajectory, gamma: float, gae_lambda: float) -> Batch:
-    """Fits each member's baseline to its own data and standardises its advantages."""
-    t = trajectory
-    discounted = returns.discounted_returns(t.reward, t.terminated, t.valid, gamma)
-    value = baseline.fit_predict(t.obs, discounted, t.valid)
-    advantage = returns.gae(t.reward, value, t.terminated, t.valid, gamma, gae_lambda)
-    return Batch(
-        obs=t.obs.flatten(1, 2),
-        action=t.action.flatten(1, 2),
-        log_prob=t.log_prob,
-        advantage=returns.standardise(advantage, t.valid),
-        valid=t.valid,
-    )
-
-
-def inner_loss(params: Params, batch: Batch, kind: str, acting: Policy) -> Tensor:
-    """Policy-gradient loss of each member on its own data, [M].
-
-    All kinds have the value 0 or −mean Â and the gradient −mean Â ∇log π; see the module's head
-    for how their second derivatives differ. Gradient flows to `params`.
-    """
-    dist = acting.distribution(params, batch.obs)
-    log_prob = dist.log_prob(batch.action).view_as(batch.advantage) * batch.valid
-    if kind == "log_prob":
-        objective = log_prob
-    elif kind == "likelihood_ratio":
-        objective = torch.exp(log_prob - log_prob.detach())
-    else:
-        past = log_prob.cumsum(1)
-        before = past - log_prob
-        objective = torch.exp(past - past.detach()) - torch.exp(before - before.detach())
-    return -masked_mean(objective * batch.advantage, batch.valid)
-
-
-def surrogate(dist: Distribution, batch: Batch) -> Tensor:
-    """−mean ratio · Â of each member, [M]. Gradient flows to `dist`."""
-    log_prob = dist.log_prob(batch.action).view_as(batch.advantage)
-    ratio = torch.exp((log_prob - batch.log_prob) * batch.valid)
-    return -masked_mean(ratio * batch.advantage, batch.valid)
 
 
 @dataclass(frozen=True)
