@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -62,6 +63,8 @@ class EvaluateArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # A family given by import path may lie in the working folder.
+    sys.path.append(os.getcwd())
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "evaluate": evaluate,
@@ -297,3 +300,7 @@ def parse_like(sample: Any, text: str, flag: str) -> TaskOption:
         return float(text) if isinstance(sample, float) else text
     except ValueError:
         raise ConfigError(f"{flag} takes a {type(sample).__name__}, not {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Every command and code block of the README, run from a folder of its own.
+
+Training commands get flags that shorten them; nothing else is changed. `make train` and `make test`
+are the commands that run these tests and their long form, so only their targets are checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BIN = Path(sys.executable).parent
+SHORT = ["--iterations", "2", "--num-members", "4", "--num-envs", "3", "--members-per-slot", "2", "--eval-tasks", "4"]
+PORT = ["--port", "0", "--host", "127.0.0.1"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def environment() -> dict[str, str]:
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def run(words: list[str], folder: Path) -> str:
+    if words[0] == "metaloop":
+        words = [sys.executable, "-m", "system.cli", *words[1:]]
+    done = subprocess.run(
+        words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_known_commands() -> None:
+    assert {line.split()[0] for line in commands()} == {"make", "metaloop", "tensorboard"}
+
+
+@pytest.mark.parametrize("target", ["train", "test", ".venv"])
+def test_make_target_exists(target: str) -> None:
+    assert f"`make {target}`" in README or f"make {target}\n" in README
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_metaloop_commands(tmp_path: Path) -> None:
+    outputs = {}
+    for line in commands():
+        words = shlex.split(line)
+        if words[0] == "metaloop":
+            outputs[line] = run(words + (SHORT if words[1] == "train" else []), tmp_path)
+    assert "maml-trpo/navigation-2d" in outputs["metaloop list"]
+    evaluated = next(text for line, text in outputs.items() if line.endswith("--json"))
+    assert json.loads(evaluated)["preset"] == "maml-trpo/navigation-2d"
+    check_tensorboard(next(line for line in commands() if line.startswith("tensorboard")), tmp_path)
+
+
+def check_tensorboard(line: str, folder: Path) -> None:
+    words = [sys.executable, "-m", "tensorboard.main", *shlex.split(line)[1:], *PORT]
+    log = folder / "tensorboard.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(words, cwd=folder, env=environment(), stdout=out, stderr=out)
+        try:
+            address = None
+            for _ in range(120):
+                found = re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())
+                if found:
+                    address = found.group()
+                    break
+                time.sleep(0.5)
+            assert address, log.read_text()
+            tags: dict[str, object] = {}
+            for _ in range(60):
+                url = f"{address}data/plugin/scalars/tags"
+                with urllib.request.urlopen(url, timeout=30) as answer:
+                    tags = json.load(answer)
+                if tags:
+                    break
+                time.sleep(0.5)
+        finally:
+            server.terminate()
+            server.wait(30)
+    (run_tags,) = tags.values()
+    assert {"adapt/gain", "adapt/ep_rew_mean_0", "eval/gain"} <= set(run_tags)
+
+
+@pytest.mark.slow
+def test_own_task_family(tmp_path: Path) -> None:
+    (source,) = blocks("python")
+    (tmp_path / "poles.py").write_text(source)
+    command = "metaloop train maml-trpo/half-cheetah-dir --task poles:PoleMass"
+    assert command in README.replace("\n", " ")
+    out = run([*shlex.split(command), *SHORT, "--backend", "serial"], tmp_path)
+    assert "4 held-out tasks" in out
+
+
+def test_named_flags_exist() -> None:
+    sys.path.insert(0, str(ROOT))
+    from system.cli import TrainArguments, flag_names
+
+    rows = [line for line in README.splitlines() if line.startswith("| `--")]
+    flags = {flag for row in rows for flag in re.findall(r"--[a-z-]+", row.split("|")[1])}
+    assert flags - {"--task"} <= flag_names(TrainArguments)
+
+
+def test_named_files_exist() -> None:
+    for name in re.findall(
+        r"`((?:learners|system|actors|deploy|docs)/[\w/.]+\.(?:py|md))`", README
+    ):
+        assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
