@@ -30,7 +30,7 @@ class SerialBackend:
 
     @property
     def pids(self) -> list[int]:
-        """This process."""
+        """The one process."""
         return [os.getpid()]
 
     def learner(self, method: str, *args: Any) -> Any:
