@@ -76,16 +76,21 @@ def half_cheetah_vel() -> RunConfig:
 
 
 def ant(task: str, doc: str) -> Callable[[], RunConfig]:
-    """A preset of an Ant family; 10 million environment steps at most."""
+    """A preset of an Ant family; 10 million environment steps.
+
+    The gradient's signal is weak here: the smaller action scale keeps a new policy on its feet, and
+    γ = 0.95 and 40 episodes (as in Finn et al. 2017) lower the variance.
+    """
 
     def preset() -> RunConfig:
         return RunConfig(
             preset=f"maml-trpo/{task}",
             task=task,
-            learner=MAML,
-            task_options=LOCOMOTION | {"horizon": 100},
-            iterations=250,
+            learner=replace(MAML, gamma=0.95),
+            task_options={"action_scale": 0.15, "horizon": 100},
+            iterations=126,
             num_members=10,
+            num_envs=40,
             members_per_slot=1,
         )
 

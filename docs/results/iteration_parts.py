@@ -1,6 +1,6 @@
 """Where one MAML-TRPO iteration on HalfCheetah-Dir spends its time: medians of five, in seconds.
 
-40 tasks × 20 episodes × 100 steps, before and after adaptation; policy 2×64; run on an idle machine:
+40 tasks × 20 episodes × 100 steps, before and after adaptation; policy 2×64. On an idle machine:
 
     python docs/results/iteration_parts.py
 """
