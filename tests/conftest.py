@@ -59,7 +59,8 @@ def tiny_run():
             timeout_s=120.0,
             object_store_mb=100,
         )
-        options = {"horizon": 20} | changes.pop("task_options", {})
+        own_options = config.task_options if config.task == task else {}
+        options = own_options | {"horizon": 20} | changes.pop("task_options", {})
         runtime = replace(runtime, **changes.pop("runtime", {}))
         return replace(config, **(defaults | changes), task_options=options, runtime=runtime)
 
@@ -114,6 +115,41 @@ def command_line(tmp_path_factory):
     started.close()
 
 
+class Clusters:
+    """At most one Ray backend at a time, kept for as long as tests want the same family."""
+
+    def __init__(self, orders: Path) -> None:
+        self.orders = orders
+        self.family = None
+        self.backend = None
+
+    def get(self, config: RunConfig, family):
+        """A backend with three actors for `family`; `initial` is what its learner began with."""
+        if self.backend is None or family != self.family:
+            self.close()
+            from system.ray_backend import RayBackend
+
+            config = replace(config, runtime=replace(config.runtime, backend="ray", num_actors=3))
+            self.family, self.backend = family, RayBackend(config, family, seed=1)
+            self.initial = self.backend.learner("get_state")
+        for order in self.orders.iterdir():
+            order.unlink()
+        return self.backend
+
+    def close(self) -> None:
+        if self.backend is not None:
+            self.backend.close()
+        self.backend = None
+
+
+@pytest.fixture(scope="session")
+def clusters(tmp_path_factory):
+    """Starts Ray as few times as possible; `clusters.orders` is the folder of `Obedient`."""
+    running = Clusters(tmp_path_factory.mktemp("orders"))
+    yield running
+    running.close()
+
+
 @pytest.fixture(scope="session")
 def tiny_flags():
     """The flags that make of a preset what `tiny_run` makes of it."""
@@ -145,7 +181,7 @@ def meanwhile():
         def guarded() -> None:
             try:
                 action(*args)
-            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            except BaseException as error:
                 errors.append(error)
 
         thread = threading.Thread(target=guarded, daemon=True)

@@ -21,7 +21,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
-SHORT = ["--iterations", "2", "--num-members", "4", "--num-envs", "3", "--members-per-slot", "2", "--eval-tasks", "4"]
+SHORT = [
+    "--iterations",
+    "2",
+    "--num-members",
+    "4",
+    "--num-envs",
+    "3",
+    "--members-per-slot",
+    "2",
+    "--eval-tasks",
+    "4",
+]
 PORT = ["--port", "0", "--host", "127.0.0.1"]
 
 

@@ -13,11 +13,11 @@ from learners.core.params import expand_members, flatten
 from learners.core.trajectory import Params, Spec, Trajectory
 from learners.maml import INNER_LR, Block, Linearised, MamlTrpo
 
-SETTINGS = {"inner_lr": 0.3125, "hidden": (3,), "gamma": 0.9, "gae_lambda": 0.95}
+SETTINGS = {"inner_lr": 0.3125, "hidden": (2,), "gamma": 0.9, "gae_lambda": 0.95}
 
 
 def make_learner(discrete: bool = False, **settings) -> MamlTrpo:
-    """Two observations, two action dimensions or three actions, three hidden units."""
+    """Two observations, two action dimensions or three actions, two hidden units."""
     spec = Spec(obs_size=2, action_size=3 if discrete else 2, discrete=discrete, horizon=5)
     return MamlTrpo(MamlTrpoConfig(**SETTINGS | settings), spec)
 

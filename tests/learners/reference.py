@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learners.core.policy_gradient import Batch
 from learners.core.trajectory import Params
-from learners.maml import Batch, Block, MamlTrpo
+from learners.maml import Block, MamlTrpo
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,18 @@ def log_probs(learner: MamlTrpo, params: Params, batch: Batch) -> Tensor:
 
 def inner_loss(kind: str, log_prob: Tensor, held: Tensor, batch: Batch) -> Tensor:
     """A member's inner loss; `held` are the stopped log probabilities, [T, E]."""
-    total = torch.zeros((), dtype=log_prob.dtype)
-    past = torch.zeros_like(log_prob[0])
-    for t, valid in enumerate(batch.valid > 0.0):
-        gap = torch.where(valid, log_prob[t] - held[t], 0.0)
-        if kind == "log_prob":
-            credit = log_prob[t]
-        elif kind == "likelihood_ratio":
-            credit = gap.exp()
-        else:
-            credit = (past + gap).exp() - past.exp()
-        past = past + gap
-        total = total - (credit * batch.advantage[t])[valid].sum()
-    return total / batch.valid.sum()
+    gap = torch.where(batch.valid > 0.0, log_prob - held, 0.0)
+    if kind == "log_prob":
+        credit = log_prob
+    elif kind == "likelihood_ratio":
+        credit = gap.exp()
+    else:
+        so_far, rows = torch.zeros_like(gap[0]), []
+        for row in gap:
+            rows.append((so_far + row).exp() - so_far.exp())
+            so_far = so_far + row
+        credit = torch.stack(rows)
+    return -mean(credit * batch.advantage, batch.valid)
 
 
 def split(learner: MamlTrpo, meta_params: Params) -> tuple[Params, Params]:
@@ -168,9 +168,7 @@ def output_fisher(
         dist = distribution(learner, adapted, query.obs)
         share = query.valid.flatten() / query.valid.sum() / len(members)
         if learner.spec.discrete:
-            pieces += [
-                w * (p.diag() - p.outer(p)) for w, p in zip(share, dist.probs, strict=True)
-            ]
+            pieces += [w * (p.diag() - p.outer(p)) for w, p in zip(share, dist.probs, strict=True)]
         else:
             variance = dist.base_dist.variance
             pieces += [w * (1.0 / v).diag() for w, v in zip(share, variance, strict=True)]

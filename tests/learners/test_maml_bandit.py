@@ -20,8 +20,9 @@ import torch
 
 from learners.config import MamlTrpoConfig
 from learners.core.params import expand_members, leaves, unflatten
+from learners.core.policy_gradient import Batch
 from learners.core.trajectory import Spec, Trajectory
-from learners.maml import Batch, Block, Linearised, MamlTrpo
+from learners.maml import Block, Linearised, MamlTrpo
 from tests.learners.builders import dense_fisher, linearise, make_learner, make_state, make_window
 
 
@@ -87,7 +88,10 @@ def test_two_pulls_in_numbers(kind, first_order, factor):
     learner = bandit(inner_lr=2.0, inner_loss=kind, first_order=first_order)
     s = 1.0 / (1.0 + math.exp(-1.0))
     gradient = meta_gradient(
-        learner, params_of([0.0, 0.0]), [samples([[0, 1]], [[2.0, 1.0]])], samples([[0]], [[1]], [[s]])
+        learner,
+        params_of([0.0, 0.0]),
+        [samples([[0, 1]], [[2.0, 1.0]])],
+        samples([[0]], [[1]], [[s]]),
     )
     np.testing.assert_allclose(gradient, -factor * (1.0 - s) * np.array([1.0, -1.0]), atol=1e-14)
 

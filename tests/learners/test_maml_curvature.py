@@ -58,7 +58,7 @@ def reference_jacobian(learner, meta_params, blocks) -> torch.Tensor:
     return torch.cat([slopes[name] for name in sorted(slopes)]).T
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", [c for c in CASES if c[1] == 2 or c[3] == "plain"], ids=name_of)
 def test_fisher_product_equals_the_dense_one_by_finite_differences(case):
     learner, meta_params, blocks = build(case)
     computed = dense_fisher(linearise(learner, meta_params, blocks)[1], meta_params)

@@ -1,0 +1,314 @@
+"""What fails, and what becomes of the run: actors, parameter server, learner, environments."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from actors.tasks import load_family
+from system import run, run_folder
+from system.backend import RolloutError
+from system.checkpoint import load_newest
+from system.loop import Counters, Loop
+from system.seeds import Stream, make_rng, make_seeds
+from system.serial_backend import SerialBackend
+from tests.system.families import EVERY_TASK, Obedient
+
+pytestmark = pytest.mark.usefixtures("torch_threads")
+on_ray = pytest.mark.ray
+
+OBEDIENT = "tests.system.families:Obedient"
+
+
+def tasks_of(family, iteration, num_members=4, seed=0):
+    """The tasks that a run draws for an iteration, counted from 0."""
+    return family.sample(make_rng(seed, Stream.TRAIN_TASKS, iteration), num_members)
+
+
+def first_coordinate(task):
+    """How an order names a task."""
+    return str(task["goal"][0])
+
+
+@pytest.fixture
+def family(clusters):
+    return Obedient(horizon=20, action_scale=0.1, orders=str(clusters.orders))
+
+
+@pytest.fixture
+def config(tiny_run):
+    """Twelve slots: more than three actors have under way at a time."""
+    return tiny_run(members_per_slot=1, envs_per_slot=1)
+
+
+@pytest.fixture
+def backend(clusters, config, family):
+    """Ray with three actors, its learner as it was at the start."""
+    found = clusters.get(config, family)
+    found.learner("set_state", clusters.initial)
+    yield found
+    # A collection that was given up leaves requests behind; a run would have ended with it.
+    for lane in found.lanes:
+        lane.in_flight.clear()
+
+
+@pytest.fixture
+def undisturbed(config, family, clusters):
+    """State and counters of the serial backend after three iterations."""
+    serial = SerialBackend(config, family, seed=1)
+    serial.learner("set_state", clusters.initial)
+    return iterations(Loop(config, family, serial), 3)
+
+
+def iterations(loop, number, counters=None):
+    counters = counters or Counters()
+    metrics = {}
+    for _ in range(number):
+        counters, metrics, skipped = loop.iterate(counters)
+        assert skipped is None
+    return loop.backend.learner("get_state"), counters, metrics
+
+
+def waiting_pids(orders):
+    return [int(path.name.removeprefix("waiting-")) for path in orders.glob("waiting-*")]
+
+
+# Actors and parameter server
+
+
+@on_ray
+@pytest.mark.parametrize("num_killed", [1, 2])
+def test_an_actor_killed_in_mid_iteration_changes_nothing(
+    backend, undisturbed, config, family, clusters, meanwhile, wait_until, num_killed,
+    assert_same_state,
+):  # fmt: skip
+    loop = Loop(config, family, backend)
+    _, counters, _ = iterations(loop, 1)
+    restarts_before = backend.actor_restarts
+    orders = clusters.orders
+    (orders / "wait").write_text(EVERY_TASK)
+
+    def kill():
+        ours = {lane.pid for lane in backend.lanes}
+        victims = wait_until(
+            lambda: len(waiting_pids(orders)) == 3 and waiting_pids(orders)[:num_killed],
+            "all actors are in an episode",
+        )
+        assert ours >= set(victims)
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        (orders / "wait").unlink()
+
+    killed = meanwhile(kill)
+    state, counters, metrics = iterations(loop, 2, counters)
+    killed()
+    assert_same_state(state, undisturbed[0])
+    assert counters == undisturbed[1]  # environment steps are not counted twice
+    assert backend.actor_restarts == restarts_before + num_killed
+    assert metrics["sys/actor_restarts"] == backend.actor_restarts
+    assert len(set(backend.pids)) == 5
+    assert all(psutil.pid_exists(pid) for pid in backend.pids)
+
+
+def server_pid(backend):
+    import ray
+
+    return ray.get(backend.server.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
+
+
+@on_ray
+@pytest.mark.parametrize("moment", ["between iterations", "after the learner has published"])
+def test_a_killed_parameter_server_is_filled_again(
+    backend, undisturbed, config, family, moment, monkeypatch, assert_same_state
+):
+    loop = Loop(config, family, backend)
+    _, counters, _ = iterations(loop, 1)
+    victim = server_pid(backend)
+    if moment == "between iterations":
+        os.kill(victim, signal.SIGKILL)
+    else:
+        collect = backend.collect
+
+        def kill_first(requests):
+            monkeypatch.undo()
+            os.kill(victim, signal.SIGKILL)
+            return collect(requests)
+
+        monkeypatch.setattr(backend, "collect", kill_first)
+    state, counters, _ = iterations(loop, 2, counters)
+    assert server_pid(backend) != victim
+    assert_same_state(state, undisturbed[0])
+    assert counters == undisturbed[1]
+
+
+# Environments, on both backends
+
+
+@pytest.fixture(params=["serial", pytest.param("ray", marks=on_ray)])
+def any_backend(request, config, family, clusters):
+    if request.param == "ray":
+        return request.getfixturevalue("backend")
+    for order in clusters.orders.iterdir():
+        order.unlink()
+    return SerialBackend(config, family, seed=1)
+
+
+def test_an_environment_that_raises_is_reported(any_backend, config, family, clusters):
+    tasks = tasks_of(family, 0)
+    (clusters.orders / "raise").write_text(first_coordinate(tasks[2]))
+    with pytest.raises(RolloutError) as caught:
+        Loop(config, family, any_backend).iterate(Counters())
+    said = str(caught.value)
+    assert str(tasks[2]) in said
+    assert "RuntimeError: the simulator broke in process" in said
+    # Slots 6, 7 and 8 are those of member 2.
+    (slot,) = [slot for slot in (6, 7, 8) if f"slot {slot} " in said]
+    assert str(make_seeds(0, Stream.TRAIN, 0, 0, slot)) in said
+    culprit = int(said.split("the simulator broke in process ")[1].split()[0].rstrip(".;,)"))
+    if isinstance(any_backend, SerialBackend):
+        assert culprit == os.getpid()
+    else:
+        assert culprit in [lane.pid for lane in any_backend.lanes]
+        assert f"actor process {culprit}" in said
+
+
+@pytest.mark.parametrize("order", ["nan_reward", "nan_obs"])
+def test_nan_from_an_environment_skips_one_update(
+    any_backend, config, family, clusters, order, assert_same_state
+):
+    loop = Loop(config, family, any_backend)
+    tasks = tasks_of(family, 0)
+    (clusters.orders / order).write_text(first_coordinate(tasks[1]))
+    before = any_backend.learner("get_state")
+    counters, metrics, skipped = loop.iterate(Counters())
+    assert skipped.failure.tensor == order.removeprefix("nan_")
+    assert skipped.task == tasks[1]
+    assert np.isnan(skipped.failure.arrays[skipped.failure.tensor]).any()
+    assert metrics["meta/skipped_updates"] == counters.skipped == 1
+    assert_same_state(any_backend.learner("get_state"), before)
+    counters, _, skipped = loop.iterate(counters)
+    assert skipped is None
+    assert counters.skipped == 1
+    with pytest.raises(AssertionError):
+        assert_same_state(any_backend.learner("get_state"), before)
+
+
+@on_ray
+def test_an_environment_that_hangs_is_given_up(backend, config, family, clusters, monkeypatch):
+    task = tasks_of(family, 0)[3]
+    (clusters.orders / "wait").write_text(first_coordinate(task))
+    monkeypatch.setattr(backend, "timeout_s", 2.0)
+    with pytest.raises(RolloutError, match="no chunk for 2 s") as caught:
+        Loop(config, family, backend).iterate(Counters())
+    (clusters.orders / "wait").unlink()
+    for pid in waiting_pids(clusters.orders):
+        assert str(pid) in str(caught.value)
+    assert any(str(slot) in str(caught.value) for slot in (9, 10, 11))
+
+
+# Ten in a row
+
+
+def test_ten_skipped_updates_in_a_row_stop_the_run(tmp_path, tiny_run, capsys):
+    folder, orders = tmp_path / "run", tmp_path / "orders"
+    orders.mkdir()
+    options = {"orders": str(orders)}
+    run.train(tiny_run(OBEDIENT, iterations=2, task_options=options), folder)
+    (orders / "nan_reward").write_text(EVERY_TASK)
+    with pytest.raises(run.StoppedRun) as caught:
+        run.train(tiny_run(OBEDIENT, iterations=50, task_options=options), folder)
+    assert "10 updates in a row" in str(caught.value)
+    assert "reward is not finite" in str(caught.value)
+    assert str(folder / "non_finite") in str(caught.value)
+    assert capsys.readouterr().out.count("the update is skipped") == 10
+    batch = load_file(folder / "non_finite" / "batch.safetensors")
+    assert batch["reward"].shape == (1, 20, 3)
+    assert np.isnan(batch["reward"]).any()
+    assert not np.isnan(batch["obs"]).any()
+    story = json.loads((folder / "non_finite" / "batch.json").read_text())
+    family = load_family(OBEDIENT, {"horizon": 20} | options)
+    assert story["tensor"] == "reward"
+    assert story["task"] == tasks_of(family, 11)[0]
+    assert story["seed"] == 0
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["meta/skipped_updates"] == 10.0
+    loaded = load_newest(folder / "checkpoints")
+    assert all(math.isfinite(t.double().sum()) for t in loaded.tensors.values())
+
+
+def test_a_stopped_run_keeps_what_it_had_learned(tmp_path, tiny_run):
+    """The message says that there is a checkpoint, so there is one: of the last good state."""
+    orders = tmp_path / "orders"
+    orders.mkdir()
+    options = {"orders": str(orders)}
+    config = tiny_run(OBEDIENT, iterations=50, task_options=options)
+    family = load_family(OBEDIENT, config.task_options)
+    good = SerialBackend(config, family, *make_seeds(0, Stream.INIT, count=1))
+    loop, counters = Loop(config, family, good), Counters()
+    for _ in range(2):
+        counters, _, _ = loop.iterate(counters)
+    expected = good.learner("get_state")
+
+    # From the third iteration on every reward is NaN.
+    real_iterate = Loop.iterate
+
+    def iterate(self, counters):
+        if counters.iteration == 2:
+            (orders / "nan_reward").write_text(EVERY_TASK)
+        return real_iterate(self, counters)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "iterate", iterate)
+        with pytest.raises(run.StoppedRun):
+            run.train(config, tmp_path / "run")
+    restored = run_folder.restore(tmp_path / "run")
+    assert restored is not None, "the run ended without a checkpoint"
+    state, _, _ = restored
+    for name, tensor in expected["meta_params"].items():
+        assert state["meta_params"][name].equal(tensor), name
+
+
+# The learner: the last of the tests on this cluster
+
+
+@on_ray
+def test_a_learner_killed_during_collection_is_named_with_what_to_do(
+    backend, config, family, clusters, meanwhile, wait_until
+):
+    """The actors find out first, as they wait for parameters that died with the learner."""
+    import ray
+
+    from system.ray_backend import LearnerDied
+
+    (clusters.orders / "wait").write_text(EVERY_TASK)
+
+    def died(reference):
+        try:
+            ray.get(reference, timeout=1.0)
+        except ray.exceptions.OwnerDiedError:
+            return True
+        return False
+
+    def kill():
+        wait_until(lambda: len(waiting_pids(clusters.orders)) == 3, "all actors are in an episode")
+        newest = ray.get(backend.server.pull_if_newer.remote("agents", None), timeout=60)
+        (reference,) = newest.blocks[3, 4]
+        os.kill(backend.learner_pid, signal.SIGKILL)
+        wait_until(lambda: died(reference), "Ray knows that the learner is dead")
+        (clusters.orders / "wait").unlink()
+
+    killed = meanwhile(kill)
+    try:
+        with pytest.raises(LearnerDied, match=r"learner.*same command.*newest checkpoint"):
+            Loop(config, family, backend).iterate(Counters())
+        with pytest.raises(LearnerDied, match=r"ended in get_state"):
+            backend.learner("get_state")
+    finally:
+        killed()
+        clusters.close()
