@@ -28,9 +28,9 @@ def navigation_2d() -> RunConfig:
     return RunConfig(
         preset="maml-trpo/navigation-2d",
         task="navigation-2d",
-        learner=MAML,
+        learner=replace(MAML, max_kl=0.01),
         task_options={"action_scale": 0.1},
-        iterations=150,
+        iterations=100,
         num_members=20,
         members_per_slot=10,
         eval_every=25,

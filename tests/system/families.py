@@ -94,11 +94,15 @@ class ObedientEnv(Navigation2DEnv):
 class Countdown:
     """Episodes of given lengths; the reward of step t is t + 1.
 
-    An environment that has ended returns garbage, NaN among it, as the contract allows.
     Task: {"length": steps until the end, "truncate": 1 where the end is a time limit}.
+
+    Attributes:
+        horizon: the longest episode.
+        garbage: whether an environment that has ended returns NaN, as the contract allows.
     """
 
     horizon: int = 6
+    garbage: bool = True
 
     @property
     def spec(self) -> Spec:
@@ -127,6 +131,7 @@ class CountdownEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.single_action_space = Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self._garbage = np.nan if family.garbage else 0.0
         self._steps = 0
         self._tasks: Sequence[Task] = ()
 
@@ -142,9 +147,9 @@ class CountdownEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._steps += 1
         over = self._steps >= lengths
         obs = self._observe()
-        obs[ended_before] = np.nan
+        obs[ended_before] = self._garbage
         reward = np.full(self.num_envs, self._steps, np.float32)
-        reward[ended_before] = np.nan
+        reward[ended_before] = self._garbage
         return obs, reward, over & ~limits, over & limits, {}
 
     def _observe(self) -> np.ndarray:

@@ -145,12 +145,12 @@ def test_every_other_field_is_a_difference(tiny_run):
 
 def test_configurations_of_another_version_are_refused(tiny_run):
     values = to_dict(tiny_run())
-    with pytest.raises(ConfigError, match="another version.*colour"):
+    with pytest.raises(ConfigError, match=r"another version.*colour"):
         from_dict(values | {"colour": "red"})
-    with pytest.raises(ConfigError, match="another version.*colour"):
+    with pytest.raises(ConfigError, match=r"another version.*colour"):
         from_dict(values | {"learner": values["learner"] | {"colour": "red"}})
-    with pytest.raises(ConfigError, match="another version.*colour"):
+    with pytest.raises(ConfigError, match=r"another version.*colour"):
         from_dict(values | {"runtime": values["runtime"] | {"colour": "red"}})
     without = {name: value for name, value in values.items() if name != "task"}
-    with pytest.raises(ConfigError, match="another version.*task"):
+    with pytest.raises(ConfigError, match=r"another version.*task"):
         from_dict(without)

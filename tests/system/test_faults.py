@@ -305,7 +305,7 @@ def test_a_learner_killed_during_collection_is_named_with_what_to_do(
 
     killed = meanwhile(kill)
     try:
-        with pytest.raises(LearnerDied, match=r"learner.*same command.*newest checkpoint"):
+        with pytest.raises(LearnerDied, match=r"(?s)learner.*same command.*newest checkpoint"):
             Loop(config, family, backend).iterate(Counters())
         with pytest.raises(LearnerDied, match=r"ended in get_state"):
             backend.learner("get_state")

@@ -13,7 +13,7 @@ from system.learner_host import Failure, Outcome
 from system.loop import Counters, Loop, evaluation_tasks, member_ranges, summarise
 from system.seeds import Stream, make_rng, make_seeds
 from system.serial_backend import SerialBackend
-from tests.system.families import EVERY_TASK, Obedient
+from tests.system.families import EVERY_TASK, Countdown, Obedient
 
 pytestmark = pytest.mark.usefixtures("torch_threads")
 
@@ -100,9 +100,10 @@ def test_an_evaluation_is_inner_updates_alone_with_their_own_number(tiny_run):
     backend = Recorder()
     family = load_family(config.task, config.task_options)
     tasks, curve = Loop(config, family, backend).evaluate(6)
-    assert [call[0] for call in backend.calls] == ["begin", *["collect", "inner_update"] * 4][
-        :9
-    ] + ["collect"]
+    assert [call[0] for call in backend.calls] == [
+        *("begin", "collect", "inner_update", "collect", "inner_update"),
+        *("collect", "inner_update", "collect", "inner_update", "collect"),
+    ]
     assert all(call[1] is True for call in backend.calls if call[0] == "inner_update")
     assert backend.calls[0] == ("begin", 6, [(0, 2), (2, 4), (4, 6)])
     assert len(tasks) == 6
@@ -213,7 +214,7 @@ def test_the_metrics_are_those_of_the_design(tiny_run):
 
 
 def test_environment_steps_are_the_valid_ones(tiny_run, monkeypatch):
-    loop = serial_loop(tiny_run())
+    loop = serial_loop(tiny_run(), Countdown(horizon=20, garbage=False))
     chunks = []
     collect = loop.backend.collect
 
@@ -226,7 +227,7 @@ def test_environment_steps_are_the_valid_ones(tiny_run, monkeypatch):
     counters, all_metrics = train(loop, 2)
     steps = [int(chunk.arrays["valid"].sum()) for chunk in chunks]
     assert len(steps) == 2 * 2 * 2  # iterations, phases, slots
-    assert sum(steps) < 2 * 2 * 4 * 3 * 20  # some goals are reached
+    assert sum(steps) < 2 * 2 * 4 * 3 * 20  # some episodes end early
     assert counters.env_steps == sum(steps)
     assert [m["time/env_steps"] for m in all_metrics] == [sum(steps[:4]), sum(steps)]
 
@@ -248,6 +249,24 @@ def test_training_changes_every_parameter(tiny_run):
     train(loop, 2)
     after = loop.backend.learner("get_state")["meta_params"]
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_order_of_a_states_entries_does_not_matter(tiny_run, seed, assert_same_state):
+    """A checkpoint gives them back in another order than the learner had them in."""
+    loop = serial_loop(tiny_run(seed=seed, num_envs=2, task_options={"horizon": 5}))
+    (group,) = loop.backend.learner("get_state").values()
+    rng = np.random.default_rng(seed)
+    orders = [sorted(group), *(rng.permutation(sorted(group)).tolist() for _ in range(15))]
+    outcomes = []
+    for order in orders:
+        loop.backend.learner("set_state", {"meta_params": {name: group[name] for name in order}})
+        _, (row,) = train(loop, 1)
+        row = {t: v for t, v in row.items() if not t.startswith(("perf/", "sys/", "time/"))}
+        outcomes.append((loop.backend.learner("get_state"), row))
+    for state, row in outcomes:
+        assert_same_state(state, outcomes[0][0])
+        assert row == outcomes[0][1]
 
 
 # Evaluation

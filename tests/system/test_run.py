@@ -370,3 +370,38 @@ def test_a_dead_learner_and_then_ctrl_c_on_ray_and_the_same_command_goes_on(
     assert_unbroken(broken, 6)
     assert learned(broken) == learned(whole)
     assert_same_state(state_of(broken)[0], state_of(whole)[0])
+
+
+# Learning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_navigation_is_learned_to_be_learned(seed, tmp_path, tiny_run):
+    """Mean return on 40 held-out goals after one inner update, H = 30, twelve meta-iterations.
+
+    Measured, seeds 0, 1, 2:       k = 0                     k = 1
+        untrained          −15.3, −15.1, −14.4       −12.6, −12.9, −13.1
+        trained            −12.6, −11.9, −11.2        −4.6,  −4.8,  −4.9
+    """
+    threshold = -6.5
+    config = tiny_run(
+        *("navigation-2d",),
+        seed=seed,
+        iterations=12,
+        num_members=20,
+        num_envs=10,
+        members_per_slot=10,
+        eval_tasks=40,
+        task_options={"horizon": 30},
+    )
+    result = run.train(config, tmp_path)
+    before, after = (row["mean"] for row in result["adapt"][:2])
+    assert after > threshold
+    # What does not adapt, or has not learned to, does not get there.
+    assert before < threshold - 2.0
+    untrained = replace(config, iterations=1)
+    with run.running(untrained) as (_, _, loop):
+        _, curve = loop.evaluate(40)
+    assert curve[:, 1].mean() < threshold - 2.0
+    assert after - before > 2.0 * (curve[:, 1] - curve[:, 0]).mean()

@@ -90,6 +90,15 @@ def test_truncation_alone_does_not_cut_but_padding_does():
     assert discounted_returns(reward, going, valid, 0.5).flatten().tolist() == [1.5, 1.0, 0.0]
 
 
+def test_sums_do_not_cross_a_gap():
+    reward = torch.tensor([1.0, 50.0, 2.0]).view(1, 3, 1)
+    valid = torch.tensor([1.0, 0.0, 1.0]).view(1, 3, 1)
+    going = torch.zeros(1, 3, 1, dtype=torch.bool)
+    assert discounted_returns(reward, going, valid, 0.5).flatten().tolist() == [1.0, 0.0, 2.0]
+    advantage = gae(reward, torch.zeros(1, 3, 1), going, valid, 0.5, 1.0)
+    assert advantage.flatten().tolist() == [1.0, 0.0, 2.0]
+
+
 @pytest.mark.xfail(strict=True, reason="the value of a padding step is bootstrapped from")
 def test_value_in_padding_counts_as_zero():
     """As documented, whatever the caller put there; matters where `truncated` ends an episode."""
