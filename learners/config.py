@@ -45,8 +45,8 @@ class MamlTrpoConfig:
     """Nonlinearity of the hidden layers."""
     init_std: float = 1.0
     """Standard deviation of the untrained Gaussian policy, in units of the action."""
-    members_per_block: int = 10
-    """Members differentiated together; bounds memory, changes sums only in their last bits."""
+    members_per_block: int = 5
+    """Members differentiated together. Blocks run side by side on the learner's threads."""
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""

@@ -36,6 +36,7 @@ from torch import Tensor
 from learners.config import MamlTrpoConfig
 from learners.core import trust_region
 from learners.core.bilevel import unroll
+from learners.core.blocks import block_bounds, map_blocks
 from learners.core.contract import Agents, State, check_params
 from learners.core.params import (
     detach,
@@ -114,10 +115,16 @@ class MamlTrpo:
         _, inner_lr = self.split(state["meta_params"])
         if evaluating and agents.num_updates > 0:
             inner_lr = {name: 0.5 * rate for name, rate in inner_lr.items()}
-        data = advantages(batch, self.config.gamma, self.config.gae_lambda)
-        params = leaves(agents.params)
-        adapted = unroll(params, inner_lr, [data], self.inner_loss, create_graph=False)[-1]
-        adapted = detach(adapted)
+
+        def update(bounds: tuple[int, int]) -> Params:
+            data = advantages(batch.members(*bounds), self.config.gamma, self.config.gae_lambda)
+            params = leaves({name: p[slice(*bounds)] for name, p in agents.params.items()})
+            trace = unroll(params, inner_lr, [data], self.inner_loss, create_graph=False)
+            return detach(trace[-1])
+
+        blocks = block_bounds(len(batch.valid), self.config.members_per_block)
+        parts = map_blocks(update, blocks, batch.obs.device)
+        adapted = {name: torch.cat([part[name] for part in parts]) for name in agents.params}
         check_params(adapted, "adapted")
         return Agents(adapted, {}, agents.num_updates + 1)
 
@@ -133,13 +140,16 @@ class MamlTrpo:
         blocks = self.blocks(batches)
         meta_params = leaves(state["meta_params"])
         start = flatten(detach(meta_params)).double()
-        graphs = [Linearised.at(self, meta_params, block) for block in blocks]
-        gradient = reduce([graph.gradient(meta_params) for graph in graphs])
+        device = start.device
+        graphs = map_blocks(lambda block: Linearised.at(self, meta_params, block), blocks, device)
+        gradient = reduce(map_blocks(lambda graph: graph.gradient(meta_params), graphs, device))
         start_loss = float(reduce([graph.loss.detach() for graph in graphs]))
 
         def product(vector: Tensor) -> Tensor:
             direction = unflatten(vector, meta_params)
-            parts = [graph.fisher_product(meta_params, direction) for graph in graphs]
+            parts = map_blocks(
+                lambda graph: graph.fisher_product(meta_params, direction), graphs, device
+            )
             return reduce(parts) + c.cg_damping * vector
 
         direction = trust_region.conjugate_gradient(product, gradient, c.cg_steps)
@@ -185,23 +195,15 @@ class MamlTrpo:
     def blocks(self, batches: Sequence[Trajectory]) -> list[Block]:
         """The window's data, cut into blocks of members."""
         c = self.config
-        data = [advantages(batch, c.gamma, c.gae_lambda) for batch in batches]
         score = mean_episode_return(batches[-1]).nan_to_num()
         credit = (score - score.mean()) / (score.std(correction=0) + 1e-8)
         total = len(score)
-        bounds = [
-            (start, min(start + c.members_per_block, total))
-            for start in range(0, total, c.members_per_block)
-        ]
-        return [
-            Block(
-                [d.members(*b) for d in data[:-1]],
-                data[-1].members(*b),
-                credit[slice(*b)],
-                1 / total,
-            )
-            for b in bounds
-        ]
+
+        def block(bounds: tuple[int, int]) -> Block:
+            data = [advantages(b.members(*bounds), c.gamma, c.gae_lambda) for b in batches]
+            return Block(data[:-1], data[-1], credit[slice(*bounds)], 1 / total)
+
+        return map_blocks(block, block_bounds(total, c.members_per_block), score.device)
 
     def adapt(self, meta_params: Params, block: Block, *, create_graph: bool) -> list[Params]:
         """θ_0 … θ_K of a block's members as functions of η."""
@@ -249,7 +251,11 @@ class MamlTrpo:
 
         def evaluate(vector: Tensor) -> tuple[float, float]:
             meta_params = unflatten(vector, like)
-            pairs = [of_block(meta_params, b, d) for b, d in zip(blocks, old, strict=True)]
+            pairs = map_blocks(
+                lambda pair: of_block(meta_params, *pair),
+                list(zip(blocks, old, strict=True)),
+                vector.device,
+            )
             loss, kl = reduce(pairs).tolist()
             return loss, kl
 

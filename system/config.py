@@ -26,7 +26,7 @@ class RuntimeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner computes."""
     learner_threads: int = 2
-    """CPU threads of the learner. Another number may change sums in their last bits."""
+    """CPU threads of the learner."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints; there is one at the end and on Ctrl-C as well."""
     keep_checkpoints: int = 3

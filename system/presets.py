@@ -8,9 +8,7 @@ from dataclasses import replace
 from learners.config import MamlTrpoConfig
 from system.config import RunConfig, TaskOption
 
-MAML = MamlTrpoConfig(
-    inner_loss="likelihood_ratio", gae_lambda=0.9, max_kl=0.02, members_per_block=10
-)
+MAML = MamlTrpoConfig(inner_loss="likelihood_ratio", gae_lambda=0.9, max_kl=0.02)
 """Common to all presets.
 
 Two settings differ from Finn et al. 2017. λ = 0.9 instead of 1: with the linear baseline the inner
