@@ -179,18 +179,18 @@ def roll_out(
         env.restore(carry.env)  # type: ignore[attr-defined]
     if carry.noise.size:
         generator.set_state(torch.tensor(carry.noise))
-    noise = policy.noise((num_steps, m, e), generator)
     obs = torch.as_tensor(carry.obs)
     ended, running_return = carry.ended.copy(), carry.episode_return.copy()
     out = allocate(policy, num_steps, m * e)
     for t in range(num_steps):
         dist = policy.distribution(dict(params), obs.view(m, e, -1))
-        action = dist.sample(noise[t])
+        # Drawn step by step: what a generator gives depends on how much is asked for at once.
+        action = dist.sample(policy.noise((m, e), generator))
         out["log_prob"][t] = dist.log_prob(action).view(-1)
         out["obs"][t] = obs
         out["action"][t] = action = action.flatten(0, 1)
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        obs = torch.as_tensor(next_obs)
+        obs = torch.where(torch.as_tensor(ended)[:, None], obs, torch.as_tensor(next_obs))
         running_return += np.asarray(reward) * ~ended
         record(out, t, reward, terminated, truncated, ended, running_return, carry.num_steps)
         ended = ended | np.asarray(terminated) | np.asarray(truncated)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from learners.core.errors import ConfigError
+
+InnerLoss = Literal["log_prob", "likelihood_ratio", "dice"]
+Activation = Literal["tanh", "relu"]
+INNER_LOSSES, ACTIVATIONS = get_args(InnerLoss), get_args(Activation)
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,7 @@ class MamlTrpoConfig:
     """α, step size of an inner update; the starting value where it is learned."""
     num_inner_updates: int = 1
     """K, inner updates before the query batch."""
-    inner_loss: Literal["log_prob", "likelihood_ratio", "dice"] = "log_prob"
+    inner_loss: InnerLoss = "log_prob"
     """Inner objective. All three have the same gradient; the last two keep the term of the second
     derivative that log_prob drops (Foerster et al. 2018, Rothfuss et al. 2019)."""
     first_order: bool = False
@@ -41,7 +47,7 @@ class MamlTrpoConfig:
     """Largest number of tries."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the policy's hidden layers."""
-    activation: Literal["tanh", "relu"] = "tanh"
+    activation: Activation = "tanh"
     """Nonlinearity of the hidden layers."""
     init_std: float = 1.0
     """Standard deviation of the untrained Gaussian policy, in units of the action."""
@@ -50,13 +56,32 @@ class MamlTrpoConfig:
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
-        positive = ["inner_lr", "num_inner_updates", "max_kl", "cg_steps", "init_std"]
-        for name in [*positive, "line_search_tries", "members_per_block"]:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("num_inner_updates", "cg_steps", "line_search_tries", "members_per_block"):
+            check_whole(name, getattr(self, name))
+        for width in self.hidden:
+            check_whole("hidden", width)
+        for name in ("inner_lr", "max_kl", "init_std"):
+            check_number(name, getattr(self, name), 0.0, math.inf, open_ends=True)
         for name in ("gamma", "gae_lambda", "line_search_ratio"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+            check_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("cg_damping", "exploration"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+            check_number(name, getattr(self, name), 0.0, sys.float_info.max)
+        for name, allowed in (("inner_loss", INNER_LOSSES), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raises ConfigError unless `value` is a whole number above 0."""
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number above 0, not {value}")
+
+
+def check_number(name: str, value: float, low: float, high: float, open_ends: bool = False) -> None:
+    """Raises ConfigError unless low ≤ value ≤ high, or low < value < high."""
+    if open_ends and low < value < high:
+        return
+    if not open_ends and low <= value <= high:
+        return
+    ends = "between" if open_ends else "in"
+    raise ConfigError(f"{name} must lie {ends} [{low:g}, {high:g}], not {value}")

@@ -42,7 +42,6 @@ from learners.core.params import (
     detach,
     expand_members,
     flatten,
-    global_norm,
     gradients,
     leaves,
     unflatten,
@@ -153,6 +152,8 @@ class MamlTrpo:
             return reduce(parts) + c.cg_damping * vector
 
         direction = trust_region.conjugate_gradient(product, gradient, c.cg_steps)
+        loss = torch.tensor(start_loss)
+        check_params({"loss": loss, "gradient": gradient, "direction": direction}, "meta")
         step = trust_region.scale_to_kl(direction, product, c.max_kl)
         old = [graph.dist for graph in graphs]
         found = trust_region.line_search(
@@ -166,7 +167,10 @@ class MamlTrpo:
         )
         new = detach(unflatten(found.vector, meta_params))
         check_params(new, "meta_params")
-        inner = {f"inner/{name}": value for name, value in graphs[0].inner_metrics.items()}
+        inner = {
+            f"inner/{name}": sum(graph.inner_metrics[name] for graph in graphs)
+            for name in graphs[0].inner_metrics
+        }
         metrics = inner | {
             "meta/loss": found.loss,
             "meta/loss_before": start_loss,
@@ -185,8 +189,10 @@ class MamlTrpo:
         params = {n: p for n, p in meta_params.items() if not n.startswith(INNER_LR)}
         if self.config.learn_inner_lr:
             return params, {name: meta_params[INNER_LR + name] for name in params}
-        rate = torch.tensor(self.config.inner_lr)
-        return params, {name: rate.to(p) for name, p in params.items()}
+        rate = self.config.inner_lr
+        return params, {
+            name: torch.full((), rate, dtype=p.dtype, device=p.device) for name, p in params.items()
+        }
 
     def inner_loss(self, params: Params, batch: Batch) -> Tensor:
         """The configured inner loss, [M]."""
@@ -195,8 +201,9 @@ class MamlTrpo:
     def blocks(self, batches: Sequence[Trajectory]) -> list[Block]:
         """The window's data, cut into blocks of members."""
         c = self.config
-        score = mean_episode_return(batches[-1]).nan_to_num()
-        credit = (score - score.mean()) / (score.std(correction=0) + 1e-8)
+        score = mean_episode_return(batches[-1])
+        centred = (score - score.nanmean()).nan_to_num()
+        credit = centred / (centred.square().mean().sqrt() + 1e-8)
         total = len(score)
 
         def block(bounds: tuple[int, int]) -> Block:
@@ -311,14 +318,15 @@ class Linearised:
 def inner_metrics(
     learner: MamlTrpo, trace: list[Params], adapted: Distribution, block: Block
 ) -> Metrics:
-    """Size of the adaptation of a block's members: loss, update norm, KL from θ_0 to θ_K."""
+    """A block's share of the means over members: loss, size of the update, KL from θ_0 to θ_K."""
     with torch.no_grad():
         batch = block.query
         before = learner.policy.distribution(trace[0], batch.obs)
         kl = before.kl(adapted).view_as(batch.valid)  # type: ignore[arg-type]
-        step = {name: trace[1][name] - trace[0][name] for name in trace[0]}
-        return {
-            "loss": float(learner.inner_loss(trace[0], block.support[0]).mean()),
-            "step_norm": float(global_norm(step)) / len(block.credit) ** 0.5,
-            "kl": float(masked_mean(kl, batch.valid).mean()),
+        squares = [(trace[1][n] - trace[0][n]).flatten(1).square().sum(1) for n in sorted(trace[0])]
+        means = {
+            "loss": learner.inner_loss(trace[0], block.support[0]),
+            "step_norm": torch.stack(squares).sum(0).sqrt(),
+            "kl": masked_mean(kl, batch.valid),
         }
+        return {name: float(value.sum()) * block.share for name, value in means.items()}

@@ -36,7 +36,7 @@ Tree: TypeAlias = Mapping[str, "Tensor | Tree"]
 """Tensors in nested dictionaries."""
 
 
-class CorruptCheckpoint(Exception):
+class CorruptCheckpoint(RuntimeError):
     """A checkpoint that cannot be trusted, or a folder in which none can.
 
     Attributes:
@@ -142,7 +142,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], Info]:
         tensors = safetensors.torch.load(contents[STATE])
     except (SafetensorError, KeyError, ValueError) as error:
         raise CorruptCheckpoint(path, f"{STATE} is not a safetensors file: {error}") from error
-    return tensors, _parse(path / INFO, contents[INFO])
+    return dict(sorted(tensors.items())), _parse(path / INFO, contents[INFO])
 
 
 def load_newest(folder: Path) -> Loaded | None:

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def known_error(error: BaseException) -> bool:
     """Whether the message alone tells a user enough; if not, the trace is shown."""
-    if isinstance(error, (ConfigError, OSError, ArithmeticError)):
+    if isinstance(error, (ConfigError, OSError)):
         return True
     ours = ("system.", "actors.", "learners.")
     return type(error).__module__.startswith(ours) or type(error) is ValueError
@@ -108,6 +108,7 @@ def train(arguments: list[str]) -> int:
     parsed = parse_config(arguments, "train")
     from system import evaluation, run, run_folder
 
+    warn_of_settings_without_effect(parsed.config.runtime)
     folder = parsed.run_dir or run_folder.default_folder(parsed.config)
     result = run.train(parsed.config, folder)
     if result is None:
@@ -116,6 +117,17 @@ def train(arguments: list[str]) -> int:
     print(f"run folder   {folder}")
     print(f"TensorBoard  tensorboard --logdir {folder}")
     return 0
+
+
+def warn_of_settings_without_effect(runtime: RuntimeConfig) -> None:
+    """Names what only Ray heeds, where it was changed for a serial run."""
+    if runtime.backend == "ray":
+        return
+    default = RuntimeConfig()
+    for name in ("num_actors", "address", "timeout_s", "object_store_mb"):
+        if getattr(runtime, name) != getattr(default, name):
+            flag = name.replace("_", "-")
+            print(f"--{flag} has no effect with --backend serial", file=sys.stderr)
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -281,7 +293,8 @@ def typed_options(config: RunConfig, options: dict[str, str]) -> dict[str, TaskO
     for name, text in options.items():
         if name not in fields:
             raise ConfigError(
-                f"task {config.task} has no option {name!r}; closest: {closest(name, fields)}"
+                f"task {config.task} has no option {name!r}; closest: {closest(name, fields)}. "
+                f"It has {', '.join(fields)}"
             )
         typed[name] = parse_like(fields[name], text, f"--task.{name}")
     return typed

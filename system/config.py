@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from learners.config import MamlTrpoConfig
 from learners.core.errors import ConfigError
@@ -49,13 +51,13 @@ class RuntimeConfig:
 class RunConfig:
     """What is learned, on what, and for how long."""
 
-    preset: str
+    preset: Annotated[str, tyro.conf.Suppress]
     """Name of the preset that this started from."""
     task: str
     """Task family: a name of `metaloop list`, gym:<id>, or module:Class."""
     learner: MamlTrpoConfig = field(default_factory=MamlTrpoConfig)
     """Hyper-parameters of the method."""
-    task_options: dict[str, TaskOption] = field(default_factory=dict)
+    task_options: Annotated[dict[str, TaskOption], tyro.conf.Suppress] = field(default_factory=dict)
     """Fields of the task family that differ from its defaults."""
     iterations: int = 200
     """Meta-iterations."""
@@ -124,7 +126,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name, value in values.items():
-            if isinstance(value, dict) and value:
+            if isinstance(value, dict):
                 out |= flat(value, f"{prefix}{name}.")
             else:
                 out[prefix + name] = value

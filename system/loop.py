@@ -34,7 +34,7 @@ from system.seeds import Stream, make_rng, make_seeds
 class SkippedUpdate:
     """An iteration that changed nothing because a tensor was not finite."""
 
-    iteration: int
+    iteration: int  # counted from 1, as in the records
     failure: Failure
     task: Task | None
     seed: int
@@ -46,6 +46,14 @@ class SkippedUpdate:
             f"iteration {self.iteration}: {self.failure.tensor} is not finite ({task}, run seed "
             f"{self.seed}); the update is skipped"
         )
+
+
+class FailedEvaluation(ArithmeticError):
+    """An evaluation in which a tensor was not finite."""
+
+    def __init__(self, tensor: str, k: int, tasks: Sequence[Task], member: int | None) -> None:
+        task = "all tasks" if member is None else f"task {dict(tasks[member])}"
+        super().__init__(f"evaluation: {tensor} is not finite after {k} updates ({task})")
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Loop:
         skipped = None
         if failure is not None:
             task = None if failure.member is None else self.members[failure.member]
-            skipped = SkippedUpdate(iteration, failure, task, config.seed)
+            skipped = SkippedUpdate(counters.iteration, failure, task, config.seed)
         return counters, metrics, skipped
 
     def evaluate(self, num_tasks: int) -> tuple[list[Task], np.ndarray]:
@@ -138,10 +146,11 @@ class Loop:
             if k < self.num_evaluation_updates:
                 outcome = self.backend.learner("inner_update", True, *handles)
                 if outcome.failure is not None:
-                    raise ArithmeticError(
-                        f"evaluation: {outcome.failure.tensor} is not finite after {k} updates"
-                    )
+                    raise FailedEvaluation(outcome.failure.tensor, k, tasks, outcome.failure.member)
                 version = outcome.version
+            elif not np.isfinite(phase.member_return).all():
+                member = int(np.flatnonzero(~np.isfinite(phase.member_return))[0])
+                raise FailedEvaluation("episode_return", k, tasks, member)
         return tasks, np.stack(curve, 1)
 
     # --- Parts ---
@@ -191,11 +200,11 @@ class Loop:
         num_actors = (
             1 if self.config.runtime.backend == "serial" else self.config.runtime.num_actors
         )
-        means = [float(np.nanmean(phase.member_return)) for phase in phases]
+        means = [mean_of_finite(phase.member_return) for phase in phases]
         return {f"adapt/ep_rew_mean_{k}": mean for k, mean in enumerate(means)} | {
             "adapt/gain": means[-1] - means[0],
             "rollout/ep_rew_mean": means[-1],
-            "rollout/ep_len_mean": float(np.nanmean(phases[-1].member_length)),
+            "rollout/ep_len_mean": mean_of_finite(phases[-1].member_length),
             "perf/env_steps_per_s": env_steps / seconds,
             "perf/collect_s": sum(phase.seconds for phase in phases),
             "perf/learner_s": learner_seconds,
@@ -211,6 +220,12 @@ class Loop:
 def member_ranges(slots: Sequence[Slot]) -> list[tuple[int, int]]:
     """The distinct ranges of members, in order."""
     return list(dict.fromkeys(slot.members for slot in slots))
+
+
+def mean_of_finite(values: np.ndarray) -> float:
+    """Mean of the values that are finite; NaN where none is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else float("nan")
 
 
 def resident_mb(pids: Sequence[int]) -> float:

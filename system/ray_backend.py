@@ -18,7 +18,13 @@ from typing import Any, cast
 import numpy as np
 import psutil
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from actors.family import TaskFamily
 from actors.rollout import Chunk, Receipt, Request, RolloutWorker
@@ -243,8 +249,12 @@ class RayBackend:
 
     def learner(self, method: str, *args: Any) -> Any:
         """Calls the host; references among `args` arrive as chunks."""
+        return self.from_learner(self.learner_actor.call.remote(method, *args), method)
+
+    def from_learner(self, reference: Any, method: str) -> Any:
+        """`get` of an answer of the learner."""
         try:
-            return self.get(self.learner_actor.call.remote(method, *args))
+            return self.get(reference)
         except RayActorError as error:
             raise LearnerDied(
                 f"the learner's process ended in {method}: {error}. The same command goes on from "
@@ -298,8 +308,9 @@ class RayBackend:
         try:
             received: Receipt = self.get(reference)
         except RayTaskError as error:
-            if isinstance(error.cause, UnknownVersion):
-                self.get(self.learner_actor.publish_again.remote())
+            if isinstance(error.cause, UnknownVersion | ObjectLostError):
+                # Parameters are lost with the server's memory, or with the learner that owns them.
+                self.from_learner(self.learner_actor.publish_again.remote(), "publish_again")
                 return None
             raise RolloutError(
                 describe(request, error.cause, f"actor process {lane.pid}")

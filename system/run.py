@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors.numpy
 
@@ -20,7 +20,7 @@ from system import evaluation, run_folder
 from system.backend import Backend
 from system.config import RunConfig, to_dict
 from system.learner_host import choose_device
-from system.loop import Counters, Loop, SkippedUpdate
+from system.loop import Counters, FailedEvaluation, Loop, SkippedUpdate
 from system.progress import Progress
 from system.seeds import Stream, make_seeds
 from system.serial_backend import SerialBackend
@@ -140,11 +140,16 @@ def iterate(
             counters, metrics, skipped = loop.iterate(counters)
             if skipped is not None:
                 progress.say(str(skipped))
-                stop_if_hopeless(folder, counters, skipped)
             if config.eval_every and counters.iteration % config.eval_every == 0:
-                metrics |= evaluation.as_metrics(evaluate_now(config, loop))
+                try:
+                    metrics |= evaluation.as_metrics(evaluate_now(config, loop))
+                except FailedEvaluation as error:
+                    progress.say(str(error))
             telemetry.write(counters.iteration, counters.env_steps, metrics)
             progress.update(counters.iteration, counters.env_steps, metrics)
+            if skipped is not None and counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                save(config, folder, loop, counters)
+                stop(folder, counters, skipped)
             if time.monotonic() - saved_at > 60.0 * config.runtime.checkpoint_minutes:
                 save(config, folder, loop, counters)
                 saved_at = time.monotonic()
@@ -158,10 +163,8 @@ def save(config: RunConfig, folder: Path, loop: Loop, counters: Counters) -> Non
     run_folder.save(folder, state, counters, config.runtime.keep_checkpoints)
 
 
-def stop_if_hopeless(folder: Path, counters: Counters, skipped: SkippedUpdate) -> None:
+def stop(folder: Path, counters: Counters, skipped: SkippedUpdate) -> NoReturn:
     """Ends a run whose updates fail again and again, and keeps what shows why."""
-    if counters.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
-        return
     evidence = folder / "non_finite"
     evidence.mkdir(exist_ok=True)
     failure = skipped.failure
@@ -178,7 +181,7 @@ def stop_if_hopeless(folder: Path, counters: Counters, skipped: SkippedUpdate) -
     raise StoppedRun(
         f"{counters.skipped_in_a_row} updates in a row were skipped, the last because "
         f"{failure.tensor} is not finite at iteration {skipped.iteration}. The member's data of "
-        f"that batch are in {evidence}; the newest checkpoint is from before"
+        f"that batch are in {evidence}; the newest checkpoint holds the last good state"
     )
 
 

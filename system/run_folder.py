@@ -59,7 +59,7 @@ def read_config(folder: Path) -> RunConfig:
             f"{folder} is not a run's folder: it has no {CONFIG}. Runs lie under runs/ unless "
             f"--run-dir said otherwise"
         ) from None
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / CONFIG} cannot be read: {error}") from error
 
 

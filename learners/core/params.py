@@ -27,7 +27,7 @@ def unflatten(vector: Tensor, like: Params) -> Params:
 
 def flatten_members(params: Params) -> Tensor:
     """Concatenates all entries of each member in the order of their names, → [M, P]."""
-    return torch.cat([params[name].flatten(1) for name in sorted(params)], 1)
+    return torch.cat([params[name].reshape(len(params[name]), -1) for name in sorted(params)], 1)
 
 
 def unflatten_members(matrix: Tensor, like: Params) -> Params:
@@ -77,4 +77,5 @@ def gradients(
 
 def global_norm(params: Params) -> Tensor:
     """Euclidean norm over all entries."""
-    return torch.stack([p.detach().square().sum() for p in params.values()]).sum().sqrt()
+    squares = [params[name].detach().square().sum() for name in sorted(params)]
+    return torch.stack(squares).sum().sqrt()

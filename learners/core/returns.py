@@ -36,6 +36,7 @@ def gae(
     `terminated` and in padding is 0. Gradient flows to `reward` and `value`.
     """
     going = continues(terminated, valid)
+    value = value * valid
     next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
     delta = (reward + gamma * going * next_value - value) * valid
     return reverse_scan(delta, gamma * lam * going)

@@ -6,7 +6,7 @@ from actors.tasks.bandit import Bandit
 
 
 def test_batch_equals_single_pulls():
-    family = Bandit(arms=4)
+    family = Bandit(arms=4, pulls=1)
     tasks = family.sample(np.random.default_rng(0), 50)
     env = family.make(50)
     obs, _ = env.reset(seed=3, options={"tasks": tasks})

@@ -17,7 +17,7 @@ OPTIONS = {
     "ant-dir": {"horizon": 12},
     "ant-vel": {"horizon": 12, "contact_obs": True},
     "ant-goal": {"horizon": 12, "action_scale": 0.1},
-    "bandit": {"arms": 3},
+    "bandit": {"arms": 3, "pulls": 12},
     "tabular-mdp": {"horizon": 12},
 }
 NUM_ENVS = 4

@@ -59,7 +59,6 @@ def test_flatten_members_and_back(shapes, num_members):
         assert torch.equal(matrix[m], flatten({n: p[m] for n, p in stacked.items()}))
 
 
-@pytest.mark.xfail(strict=True, reason="flatten(1) refuses an entry that is a number per member")
 def test_flatten_members_takes_an_entry_that_is_one_number():
     params = {"temperature": torch.tensor(0.5), "bias": torch.zeros(2)}
     matrix = flatten_members(expand_members(params, 3))
