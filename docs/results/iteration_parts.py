@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from actors.tasks import load_family
+from learners.core.blocks import map_blocks
 from learners.core.contract import Agents
 from learners.core.params import detach, flatten, leaves
 from learners.core.trajectory import Trajectory, sum_in_order
@@ -94,13 +95,15 @@ def main() -> None:
     parts: dict[str, Callable[[], object]] = {
         "inner update": lambda: learner.inner_update(state, first, batches[0]),
         "baseline and advantages, both batches": lambda: learner.blocks(batches),
-        "graphs of the adaptation": lambda: [
-            Linearised.at(learner, meta_params, block) for block in blocks
-        ],
-        "surrogate gradient": lambda: [graph.gradient(meta_params) for graph in graphs],
-        "one Fisher-vector product": lambda: [
-            graph.fisher_product(meta_params, direction) for graph in graphs
-        ],
+        "graphs of the adaptation": lambda: map_blocks(
+            lambda block: Linearised.at(learner, meta_params, block), blocks, start.device
+        ),
+        "surrogate gradient": lambda: map_blocks(
+            lambda graph: graph.gradient(meta_params), graphs, start.device
+        ),
+        "one Fisher-vector product": lambda: map_blocks(
+            lambda graph: graph.fisher_product(meta_params, direction), graphs, start.device
+        ),
         "one try of the line search": lambda: search(start),
         "whole outer update": lambda: learner.meta_update(state, first, batches),
     }
