@@ -61,13 +61,13 @@ def half_cheetah_dir_quick() -> RunConfig:
 
 
 def half_cheetah_vel() -> RunConfig:
-    """Run at a speed from U[0, 2] m/s; 30 million environment steps."""
+    """Run at a speed from U[0, 2] m/s; 10 million environment steps."""
     return RunConfig(
         preset="maml-trpo/half-cheetah-vel",
         task="half-cheetah-vel",
         learner=MAML,
         task_options=LOCOMOTION,
-        iterations=375,
+        iterations=125,
         num_members=20,
         members_per_slot=2,
     )
@@ -90,6 +90,8 @@ def ant(task: str, doc: str) -> Callable[[], RunConfig]:
             num_members=10,
             num_envs=40,
             members_per_slot=1,
+            eval_every=42,
+            eval_tasks=20,
         )
 
     preset.__doc__ = doc
