@@ -61,7 +61,7 @@ class MamlTrpoConfig:
         for width in self.hidden:
             check_whole("hidden", width)
         for name in ("inner_lr", "max_kl", "init_std"):
-            check_number(name, getattr(self, name), 0.0, math.inf, open_ends=True)
+            check_positive(name, getattr(self, name))
         for name in ("gamma", "gae_lambda", "line_search_ratio"):
             check_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("cg_damping", "exploration"):
@@ -77,11 +77,14 @@ def check_whole(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be a whole number above 0, not {value}")
 
 
-def check_number(name: str, value: float, low: float, high: float, open_ends: bool = False) -> None:
-    """Raises ConfigError unless low ≤ value ≤ high, or low < value < high."""
-    if open_ends and low < value < high:
-        return
-    if not open_ends and low <= value <= high:
-        return
-    ends = "between" if open_ends else "in"
-    raise ConfigError(f"{name} must lie {ends} [{low:g}, {high:g}], not {value}")
+def check_positive(name: str, value: float) -> None:
+    """Raises ConfigError unless 0 < value < ∞."""
+    if not 0.0 < value < math.inf:
+        wanted = "finite" if value > 0.0 else "above 0"
+        raise ConfigError(f"{name} must be {wanted}, not {value}")
+
+
+def check_number(name: str, value: float, low: float, high: float) -> None:
+    """Raises ConfigError unless low ≤ value ≤ high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must lie in [{low:g}, {high:g}], not {value}")

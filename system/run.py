@@ -114,7 +114,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
             telemetry.config_text(to_dict(config))
             print(f"run folder   {folder}   device {device}")
             print(f"TensorBoard  tensorboard --logdir {folder}")
-            counters = iterate(config, folder, loop, counters, telemetry, interrupt)
+            counters, result = iterate(config, folder, loop, counters, telemetry, interrupt)
         if counters.iteration < config.iterations:
             print(f"stopped at iteration {counters.iteration}; the same command goes on from there")
             return None
@@ -132,17 +132,23 @@ def iterate(
     counters: Counters,
     telemetry: Telemetry,
     interrupt: Interrupt,
-) -> Counters:
-    """Meta-iterations with records and checkpoints, until the end or an interrupt."""
-    saved_at = time.monotonic()
+) -> tuple[Counters, dict[str, Any] | None]:
+    """Meta-iterations with records and checkpoints, until the end or an interrupt.
+
+    Returns:
+        The counters, and the evaluation of the last iteration if there was one.
+    """
+    saved_at, result = time.monotonic(), None
     with Progress(config.iterations, counters.iteration, config.preset) as progress:
         while counters.iteration < config.iterations and not interrupt.asked:
             counters, metrics, skipped = loop.iterate(counters)
             if skipped is not None:
                 progress.say(str(skipped))
-            if config.eval_every and counters.iteration % config.eval_every == 0:
+            result = None
+            if evaluation_is_due(config, counters.iteration):
                 try:
-                    metrics |= evaluation.as_metrics(evaluate_now(config, loop))
+                    result = evaluate_now(config, loop)
+                    metrics |= evaluation.as_metrics(result)
                 except FailedEvaluation as error:
                     progress.say(str(error))
             telemetry.write(counters.iteration, counters.env_steps, metrics)
@@ -154,7 +160,13 @@ def iterate(
                 save(config, folder, loop, counters)
                 saved_at = time.monotonic()
     save(config, folder, loop, counters)
-    return counters
+    return counters, result
+
+
+def evaluation_is_due(config: RunConfig, iteration: int) -> bool:
+    """Whether `iteration` iterations end with an evaluation; the last one always does."""
+    every = config.eval_every
+    return iteration == config.iterations or (every > 0 and iteration % every == 0)
 
 
 def save(config: RunConfig, folder: Path, loop: Loop, counters: Counters) -> None:

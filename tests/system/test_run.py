@@ -87,7 +87,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path, tiny_run, capsys):
     assert_unbroken(folder, 3)
     assert steps_of(folder) == ["00000003"]
     evaluated = [row["iteration"] for row in rows(folder) if "eval/ep_rew_mean_0" in row]
-    assert evaluated == [2]
+    assert evaluated == [2, 3]
     saved = json.loads((folder / "evaluation.json").read_text())
     assert saved == json.loads(json.dumps(result)) | {"iteration": 3}
     out = capsys.readouterr().out
@@ -145,9 +145,9 @@ def test_the_backend_is_closed_whatever_happens(tmp_path, tiny_run, monkeypatch)
 @pytest.mark.parametrize("task", ["navigation-2d", "half-cheetah-dir"])
 def test_a_resumed_run_equals_an_uninterrupted_one(task, tmp_path, tiny_run, assert_same_state):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = run.train(tiny_run(task, iterations=6, eval_every=2), whole)
-    run.train(tiny_run(task, iterations=3, eval_every=2), parts)
-    result = run.train(tiny_run(task, iterations=6, eval_every=2), parts)
+    expected = run.train(tiny_run(task, iterations=6, eval_every=3), whole)
+    run.train(tiny_run(task, iterations=3, eval_every=3), parts)
+    result = run.train(tiny_run(task, iterations=6, eval_every=3), parts)
     assert_same_state(state_of(parts)[0], state_of(whole)[0])
     assert_unbroken(parts, 6)
     assert learned(parts) == learned(whole)
@@ -168,8 +168,8 @@ def test_rows_after_the_last_checkpoint_are_taken_back(
 ):
     """As after a power cut: rows 4 and 5 were written, their checkpoint was not."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run.train(tiny_run(iterations=6), whole)
-    run.train(tiny_run(iterations=3), cut)
+    run.train(tiny_run(iterations=6, eval_every=3), whole)
+    run.train(tiny_run(iterations=3, eval_every=3), cut)
     iterate = Loop.iterate
 
     def until_five(self, counters):
@@ -180,10 +180,10 @@ def test_rows_after_the_last_checkpoint_are_taken_back(
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "iterate", until_five)
         with pytest.raises(KeyboardInterrupt):
-            run.train(tiny_run(iterations=6), cut)
+            run.train(tiny_run(iterations=6, eval_every=3), cut)
     assert len(rows(cut)) == 5
     assert steps_of(cut) == ["00000003"]
-    run.train(tiny_run(iterations=6), cut)
+    run.train(tiny_run(iterations=6, eval_every=3), cut)
     assert_unbroken(cut, 6)
     assert learned(cut) == learned(whole)
     assert tensorboard(cut) == tensorboard(whole)
