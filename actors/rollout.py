@@ -19,6 +19,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from actors.family import Task, TaskFamily
+from learners.core.blocks import block_bounds
 from learners.core.params import unflatten_members
 from learners.core.policy import Policy
 
@@ -49,9 +50,9 @@ def make_slots(
 ) -> list[Slot]:
     """Cuts M members × E environments into slots, environments fastest."""
     bounds = [
-        ((m, min(m + members_per_slot, num_members)), (e, min(e + envs_per_slot, num_envs)))
-        for m in range(0, num_members, members_per_slot)
-        for e in range(0, num_envs, envs_per_slot)
+        (members, envs)
+        for members in block_bounds(num_members, members_per_slot)
+        for envs in block_bounds(num_envs, envs_per_slot)
     ]
     return [Slot(i, members, envs) for i, (members, envs) in enumerate(bounds)]
 

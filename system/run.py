@@ -118,7 +118,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         if counters.iteration < config.iterations:
             print(f"stopped at iteration {counters.iteration}; the same command goes on from there")
             return None
-        result = evaluate_now(config, loop)
+        result = result or evaluate_now(config, loop)
     run_folder.write_json(
         folder / run_folder.EVALUATION, result | {"iteration": counters.iteration}
     )
