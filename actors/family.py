@@ -42,9 +42,14 @@ class TaskFamily(Protocol):
         `env.reset(seed=int, options={"tasks": [task, ...]})` gives environment i the i-th task;
         the list has `num_envs` entries. Autoreset is disabled: an environment that has ended is
         stepped on, or not, until the next reset, and the caller ignores what it returns.
+        `env.reset(options={"reset_mask": mask})`, mask [num_envs] bool, starts a new episode in
+        these environments alone; tasks stay, random streams go on, and the observation of the
+        others is the one they had.
         `step` takes a torch tensor of actions, [num_envs, A] float32 or [num_envs] int64, and
         returns observations [num_envs, O] and rewards [num_envs], both float32, and boolean
         `terminated` and `truncated` [num_envs], as arrays or tensors.
-        The horizon sets `terminated`.
+        The horizon sets `terminated`. The info of a step may hold `raw_reward` [num_envs] float32
+        and `game_over` [num_envs] bool where what is reported differs from what is learned from:
+        episode returns are then sums of raw rewards between game-overs.
         """
         ...

@@ -43,12 +43,16 @@ class Spec:
         action_size: A, action dimensions (continuous) or number of actions (discrete).
         discrete: whether actions are integers in [0, A).
         horizon: H, the largest number of steps of an episode.
+        reward_delay: steps whose rewards reach the agent as one sum; 1 for each at its own step.
+        image: (channels, height, width) where observations are pixels: O bytes, flat, uint8.
     """
 
     obs_size: int
     action_size: int
     discrete: bool
     horizon: int
+    reward_delay: int = 1
+    image: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
