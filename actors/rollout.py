@@ -1,4 +1,4 @@
-"""Collection: one request for one slot gives one chunk.
+"""Collection: one request for one slot gives one chunk, of whole episodes or of a stream.
 
 A slot is a block of members × a block of environments; its size is part of the experiment and not
 of the machine, so that the data do not depend on how many workers there are. All randomness of a
@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
-from torch import Tensor
 
 from actors.family import Task, TaskFamily
 from learners.core.blocks import block_bounds
+from learners.core.normalizer import REWARD_STD
 from learners.core.params import unflatten_members
-from learners.core.policy import Policy
+from learners.core.policy import Distribution, Policy
+from learners.core.trajectory import Params
 
 Arrays = dict[str, np.ndarray]
 
@@ -62,12 +62,15 @@ class Carry:
     """Where a chunk stopped: with it any worker continues as if it had not.
 
     Attributes:
-        env: state of the environments, from their `state()`.
+        env: state of the environments, from their `state()`; empty where they have none.
         noise: state of the generator of action noise, uint8.
         obs: the observation to act on next, [n, O].
         ended: environments whose episode is over, [n] bool.
         episode_return: raw return of the running episodes, [n].
-        num_steps: steps since the start of the episodes.
+        num_steps: steps since the start of the episodes, [n].
+        discounted_return: Σ γ^i r_{t−i} of the running episodes, [n].
+        pending_reward: rewards that were earned and not yet paid out, [n].
+        ticket: which live environments stopped here: process and number of the chunk.
     """
 
     env: Arrays
@@ -75,7 +78,10 @@ class Carry:
     obs: np.ndarray
     ended: np.ndarray
     episode_return: np.ndarray
-    num_steps: int
+    num_steps: np.ndarray
+    discounted_return: np.ndarray
+    pending_reward: np.ndarray
+    ticket: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -86,19 +92,19 @@ class Request:
         slot: which members and environments.
         tasks: one task per member of the slot.
         seeds: of the environments and of the action noise.
-        version: of the parameters that must act.
+        version: of the parameters that must act, or None for the newest.
         num_steps: T; the horizon for whole episodes.
-        carry: where to continue, or None to start episodes.
-        keep_carry: whether the chunk shall bring its own.
+        stream: whether new episodes follow where one ends; otherwise the chunk is whole episodes.
+        keep_data: whether the chunk is wanted, and not its receipt alone.
     """
 
     slot: Slot
     tasks: tuple[Task, ...]
     seeds: tuple[int, int]
-    version: int
+    version: int | None
     num_steps: int
-    carry: Carry | None = None
-    keep_carry: bool = False
+    stream: bool = False
+    keep_data: bool = True
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,6 @@ class Chunk:
     version: int
     tasks: tuple[Task, ...]
     arrays: Arrays
-    carry: Carry | None
 
 
 @dataclass(frozen=True)
@@ -118,112 +123,171 @@ class Receipt:
 
     Attributes:
         slot_id: which slot.
+        version: of the parameters that acted.
         num_steps: valid environment steps.
-        return_sum: sum of the raw returns of ended episodes, per member.
-        length_sum: sum of their lengths in steps, per member.
-        num_episodes: their number, per member.
+        returns: raw returns of the episodes that ended, in the order of time, per member.
+        lengths: their lengths in steps, likewise.
         seconds: time that the worker spent.
         worker: process id of the worker.
         num_bytes: size of the chunk.
     """
 
     slot_id: int
+    version: int
     num_steps: int
-    return_sum: list[float]
-    length_sum: list[float]
-    num_episodes: list[int]
+    returns: list[list[float]]
+    lengths: list[list[float]]
     seconds: float
     worker: int
     num_bytes: int
 
 
 class RolloutWorker:
-    """Collects chunks; keeps environments of each size for the next request."""
+    """Collects chunks; keeps environments for the next request.
+
+    A stream keeps the environments of its slot, and goes on with them where the carry is the one
+    that they stopped at; other carries restore them, or, where their state cannot be saved, start
+    new episodes.
+    """
 
     def __init__(self, family: TaskFamily, policy: Policy) -> None:
         self.family = family
         self.policy = policy
-        self.template = policy.init(torch.Generator())
-        self.envs: dict[int, VectorEnv] = {}
+        self.template = policy.template()
+        self.envs: dict[tuple[str, int], VectorEnv] = {}
+        self.tickets: dict[int, tuple[int, int]] = {}
+        self.num_chunks = 0
 
-    def collect(self, request: Request, flat_params: np.ndarray) -> tuple[Chunk, Receipt]:
+    def collect(
+        self, request: Request, flat_params: np.ndarray, version: int, carry: Carry | None = None
+    ) -> tuple[Chunk, Receipt, Carry | None]:
         """Runs the slot's members for T steps on one thread.
 
         Args:
             request: what to collect.
             flat_params: the slot's members' parameters, [m, P].
+            version: of these parameters.
+            carry: where to continue a stream; without it episodes start.
         """
         begin = time.perf_counter()
         torch.set_num_threads(1)
         slot = request.slot
         num_envs = slot.num_members * slot.num_envs
-        if num_envs not in self.envs:
-            self.envs[num_envs] = self.family.make(num_envs)
+        key = ("slot", slot.id) if request.stream else ("size", num_envs)
+        env = self.envs.get(key)
+        if env is None or env.num_envs != num_envs:
+            env = self.envs[key] = self.family.make(num_envs)
         # An array from the object store is read-only; these parameters are never written to.
         matrix = torch.tensor(flat_params)
         params = unflatten_members(matrix, self.template)
+        live = carry is not None and self.tickets.get(slot.id) == carry.ticket
         with torch.inference_mode():
-            chunk = roll_out(self.envs[num_envs], self.policy, params, request)
-        return chunk, receipt(chunk, time.perf_counter() - begin)
+            carry = begin_chunk(env, request, carry, live)
+            chunk, carry_out = roll_out(env, self.policy, params, request, carry, version)
+        if request.stream:
+            self.num_chunks += 1
+            ticket = self.tickets[slot.id] = (os.getpid(), self.num_chunks)
+            carry_out = replace(carry_out, ticket=ticket)
+        said = receipt(chunk, time.perf_counter() - begin)
+        if not request.keep_data:
+            chunk = replace(chunk, arrays={})
+        return chunk, said, carry_out if request.stream else None
+
+
+def begin_chunk(env: VectorEnv, request: Request, carry: Carry | None, live: bool) -> Carry:
+    """Puts the environments where the chunk begins, and says where that is."""
+    if carry is not None and live:
+        return carry
+    if carry is not None and carry.env:
+        env.restore(carry.env)  # type: ignore[attr-defined]
+        return carry
+    tasks = spread(request.tasks, request.slot.num_envs)
+    obs, _ = env.reset(seed=request.seeds[0], options={"tasks": tasks})
+    zeros = np.zeros(env.num_envs, np.float32)
+    return Carry(
+        env={},
+        noise=torch.Generator().manual_seed(request.seeds[1]).get_state().numpy(),
+        obs=np.asarray(obs),
+        ended=np.zeros(env.num_envs, bool),
+        episode_return=zeros,
+        num_steps=np.zeros(env.num_envs, np.int64),
+        discounted_return=zeros,
+        pending_reward=zeros,
+    )
 
 
 def roll_out(
-    env: VectorEnv, policy: Policy, params: Mapping[str, Tensor], request: Request
-) -> Chunk:
-    """T steps of every environment; steps after an episode's end are zeros and not valid."""
+    env: VectorEnv,
+    policy: Policy,
+    params: Params,
+    request: Request,
+    carry: Carry,
+    version: int,
+) -> tuple[Chunk, Carry]:
+    """T steps of every environment, from where `carry` stands.
+
+    In a stream an environment whose episode ends is reset at once. Otherwise the steps after an
+    episode's end are zeros and not valid.
+    """
     slot, num_steps = request.slot, request.num_steps
     m, e = slot.num_members, slot.num_envs
-    generator = torch.Generator().manual_seed(request.seeds[1])
-    carry = request.carry or start(env, request, m * e)
-    if request.carry is not None:
-        env.reset(seed=request.seeds[0], options={"tasks": spread(request.tasks, e)})
-        env.restore(carry.env)  # type: ignore[attr-defined]
-    if carry.noise.size:
-        generator.set_state(torch.tensor(carry.noise))
-    obs = torch.as_tensor(carry.obs)
-    ended, running_return = carry.ended.copy(), carry.episode_return.copy()
-    out = allocate(policy, num_steps, m * e)
+    generator = torch.Generator()
+    generator.set_state(torch.tensor(carry.noise))
+    obs, ended = carry.obs, carry.ended.copy()
+    running_return, lengths = carry.episode_return.copy(), carry.num_steps.copy()
+    out = allocate(policy, request, obs)
     for t in range(num_steps):
-        dist = policy.distribution(dict(params), obs.view(m, e, -1))
         # Drawn step by step: what a generator gives depends on how much is asked for at once.
-        action = dist.sample(policy.noise((m, e), generator))
-        out["log_prob"][t] = dist.log_prob(action).view(-1)
-        out["obs"][t] = obs
-        out["action"][t] = action = action.flatten(0, 1)
-        next_obs, reward, terminated, truncated, _ = env.step(action)
-        obs = torch.where(torch.as_tensor(ended)[:, None], obs, torch.as_tensor(next_obs))
-        running_return += np.asarray(reward) * ~ended
-        record(out, t, reward, terminated, truncated, ended, running_return, carry.num_steps)
-        ended = ended | np.asarray(terminated) | np.asarray(truncated)
-        if ended.all():
-            break
-    carry_out = None
-    if request.keep_carry:
-        carry_out = Carry(
-            env.state(),  # type: ignore[attr-defined]
-            generator.get_state().numpy().copy(),
-            obs.numpy().copy(),
-            ended,
-            running_return,
-            carry.num_steps + num_steps,
-        )
-    arrays = {name: by_member(tensor, m, e) for name, tensor in out.items()}
-    arrays["last_obs"] = obs.view(m, e, -1).numpy().copy()
-    return Chunk(slot, request.version, request.tasks, arrays, carry_out)
-
-
-def start(env: VectorEnv, request: Request, num_envs: int) -> Carry:
-    """Resets the environments to the request's tasks."""
-    tasks = spread(request.tasks, request.slot.num_envs)
-    obs, _ = env.reset(seed=request.seeds[0], options={"tasks": tasks})
-    return Carry(
-        env={},
-        noise=np.zeros(0, np.uint8),
-        obs=np.asarray(obs),
-        ended=np.zeros(num_envs, bool),
-        episode_return=np.zeros(num_envs, np.float32),
-        num_steps=0,
+        noise = policy.noise((m, e), generator)
+        acting = torch.as_tensor(obs).view(m, e, -1)
+        dist = policy.distribution(params, acting)
+        action = dist.sample(noise).flatten(0, 1)
+        stepped = env.step(action)
+        next_obs, reward, terminated, truncated = (np.asarray(part) for part in stepped[:4])
+        raw_reward = stepped[4].get("raw_reward", reward)
+        over = (terminated | truncated) & ~ended
+        game_over = over & stepped[4].get("game_over", over)
+        running_return += raw_reward * ~ended
+        lengths += ~ended
+        if request.keep_data:
+            out["obs"][t], out["action"][t] = obs, action
+            out["dist"][t] = dist.tensors[0].flatten(0, 1)
+        out["valid"][t] = ~ended
+        out["reward"][t], out["terminated"][t], out["truncated"][t] = reward, terminated, truncated
+        if over.any():
+            note_ends(out, t, game_over, running_return, lengths)
+        if ended.any():
+            blank(out, t, ended)
+            next_obs = np.where(ended[:, None], obs, next_obs)
+        obs = next_obs
+        if request.stream and over.any():
+            if truncated.any():
+                out["final_obs"][t][truncated] = obs[truncated]
+            obs = np.asarray(env.reset(options={"reset_mask": over})[0])
+        elif over.any():
+            # A life lost is not the end of what is reported: the game goes on.
+            lost = over & ~game_over
+            if lost.any():
+                obs = np.asarray(env.reset(options={"reset_mask": lost})[0])
+            ended |= game_over
+            if ended.all():
+                break
+    discounted, pending = shape_rewards(out, policy, params, request, carry)
+    stop = Carry(
+        env=env.state() if request.stream and hasattr(env, "state") else {},
+        noise=generator.get_state().numpy(),
+        obs=obs.copy(),
+        ended=ended,
+        episode_return=running_return,
+        num_steps=lengths,
+        discounted_return=discounted,
+        pending_reward=pending,
     )
+    arrays = {name: by_member(array, m, e) for name, array in out.items()}
+    if request.keep_data:
+        arrays["last_obs"] = obs.reshape(m, e, -1).copy()
+        arrays["log_prob"] = log_probs(dist, arrays)
+    return Chunk(slot, version, request.tasks, arrays), stop
 
 
 def spread(tasks: Sequence[Task], num_envs: int) -> list[Task]:
@@ -231,66 +295,114 @@ def spread(tasks: Sequence[Task], num_envs: int) -> list[Task]:
     return [task for task in tasks for _ in range(num_envs)]
 
 
-def allocate(policy: Policy, num_steps: int, num_envs: int) -> dict[str, Tensor]:
-    """Zeroed storage for a chunk, time-major, [T, n, …]."""
+def allocate(policy: Policy, request: Request, obs: np.ndarray) -> Arrays:
+    """Zeroed storage for a chunk, time-major, [T, n, …]; only small fields where that is enough."""
     spec = policy.spec
-    shape = (num_steps, num_envs)
-    action = (
-        torch.zeros(*shape, dtype=torch.int64)
-        if spec.discrete
-        else torch.zeros(*shape, spec.action_size)
-    )
-    floats = ("reward", "valid", "log_prob", "episode_return", "episode_length")
-    flags = ("terminated", "truncated")
+    shape = (request.num_steps, len(obs))
+    kept = shape if request.keep_data else (0, len(obs))
+    streamed = kept if request.stream else (0, len(obs))
+    action_size = () if spec.discrete else (spec.action_size,)
+    floats = ("reward", "valid", "episode_return", "episode_length")
     return (
-        {"obs": torch.zeros(*shape, spec.obs_size), "action": action}
-        | {name: torch.zeros(shape) for name in floats}
-        | {name: torch.zeros(shape, dtype=torch.bool) for name in flags}
+        {name: np.zeros(shape, np.float32) for name in floats}
+        | {name: np.zeros(shape, bool) for name in ("terminated", "truncated", "episode_end")}
+        | {
+            "obs": np.zeros((*kept, spec.obs_size), obs.dtype),
+            "action": np.zeros((*kept, *action_size), np.int64 if spec.discrete else np.float32),
+            "dist": np.zeros((*kept, spec.action_size), np.float32),
+            "final_obs": np.zeros((*streamed, spec.obs_size), obs.dtype),
+            "discounted_return": np.zeros(streamed, np.float32),
+        }
     )
 
 
-def record(
-    out: dict[str, Tensor],
-    t: int,
-    reward: Any,
-    terminated: Any,
-    truncated: Any,
-    ended: np.ndarray,
-    running_return: np.ndarray,
-    steps_before: int,
+def note_ends(
+    out: Arrays, t: int, over: np.ndarray, running_return: np.ndarray, lengths: np.ndarray
 ) -> None:
-    """Writes what step t brought, for the environments that had not ended before it."""
-    going = torch.as_tensor(~ended)
-    out["valid"][t] = going.float()
-    out["reward"][t] = torch.as_tensor(reward).where(going, 0.0)
-    out["terminated"][t] = torch.as_tensor(terminated) & going
-    out["truncated"][t] = torch.as_tensor(truncated) & going
-    if ended.any():
-        for name in ("obs", "action", "log_prob"):
+    """Writes return and length of the episodes that step t ended, and begins to count anew."""
+    out["episode_end"][t] = over
+    out["episode_return"][t] = running_return * over
+    out["episode_length"][t] = lengths * over
+    running_return[over] = 0.0
+    lengths[over] = 0
+
+
+def blank(out: Arrays, t: int, ended: np.ndarray) -> None:
+    """Makes step t of the environments that had ended before it zeros."""
+    for name in ("obs", "action", "reward", "terminated", "truncated"):
+        if len(out[name]) > t:
             out[name][t][ended] = 0
-    over = out["terminated"][t] | out["truncated"][t]
-    out["episode_return"][t] = torch.as_tensor(running_return).where(over, 0.0)
-    out["episode_length"][t] = over * float(steps_before + t + 1)
 
 
-def by_member(tensor: Tensor, m: int, e: int) -> np.ndarray:
+def shape_rewards(
+    out: Arrays, policy: Policy, params: Params, request: Request, carry: Carry
+) -> tuple[np.ndarray, np.ndarray]:
+    """Makes of raw rewards what is learned from: normalized first, then delayed.
+
+    Each reward is divided by the frozen deviation of the running discounted return, clipped, and
+    added to what is pending; the sum is paid out every `reward_delay` steps of an episode and at
+    its end (Zheng, Oh and Singh 2018, the authors' implementation).
+
+    Returns:
+        The running discounted returns and the pending rewards after the chunk, [n].
+    """
+    normalizer, delay = policy.normalizer, policy.spec.reward_delay
+    discounted, pending = carry.discounted_return.copy(), carry.pending_reward.copy()
+    scaled = normalizer is not None and normalizer.reward
+    if not request.stream or not request.keep_data or not (scaled or delay > 1):
+        return discounted, pending
+    reward, over = out["reward"], out["terminated"] | out["truncated"]
+    if normalizer is not None and scaled:
+        for t in range(len(reward)):
+            discounted *= normalizer.gamma
+            discounted += reward[t]
+            out["discounted_return"][t] = discounted
+            discounted[over[t]] = 0.0
+        std = params[REWARD_STD].repeat(1, request.slot.num_envs).view(-1).numpy()
+        np.clip(reward / std, -normalizer.clip, normalizer.clip, out=reward)
+    if delay > 1:
+        steps = carry.num_steps.copy()
+        for t in range(len(reward)):
+            pending += reward[t]
+            steps += 1
+            paid = over[t] | (steps % delay == 0)
+            reward[t] = pending * paid
+            pending[paid] = 0.0
+            steps[over[t]] = 0
+    return discounted, pending
+
+
+def by_member(array: np.ndarray, m: int, e: int) -> np.ndarray:
     """[T, m·e, …] → contiguous [m, T, e, …]."""
-    num_steps, _, *rest = tensor.shape
-    members_first = tensor.view(num_steps, m, e, *rest).transpose(0, 1)
-    array: np.ndarray = members_first.contiguous().numpy()
+    num_steps, _, *rest = array.shape
+    return np.ascontiguousarray(array.reshape(num_steps, m, e, *rest).swapaxes(0, 1))
+
+
+def log_probs(last: Distribution, arrays: Arrays) -> np.ndarray:
+    """Log-probability of every valid action, [m, T, e], 0 in padding.
+
+    Args:
+        last: a distribution of the chunk; all share what does not depend on the observation.
+        arrays: the chunk, whose "dist" (what does depend on it) is taken out.
+    """
+    outputs, action = torch.from_numpy(arrays.pop("dist")), torch.from_numpy(arrays["action"])
+    dist = type(last)(outputs.flatten(1, 2), *last.tensors[1:])
+    valid = torch.from_numpy(arrays["valid"])
+    log_prob = dist.log_prob(action.flatten(1, 2)).view_as(valid)
+    array: np.ndarray = log_prob.where(valid > 0, 0.0).numpy()
     return array
 
 
 def receipt(chunk: Chunk, seconds: float) -> Receipt:
-    """Summarises a chunk."""
+    """Summarises a chunk, whose `episode_end` it takes out."""
     a = chunk.arrays
-    over = a["terminated"] | a["truncated"]
+    over = a.pop("episode_end")
     return Receipt(
         slot_id=chunk.slot.id,
+        version=chunk.version,
         num_steps=int(a["valid"].sum()),
-        return_sum=a["episode_return"].sum((1, 2), dtype=np.float64).tolist(),
-        length_sum=a["episode_length"].sum((1, 2), dtype=np.float64).tolist(),
-        num_episodes=over.sum((1, 2)).tolist(),
+        returns=[r[end].tolist() for r, end in zip(a["episode_return"], over, strict=True)],
+        lengths=[n[end].tolist() for n, end in zip(a["episode_length"], over, strict=True)],
         seconds=seconds,
         worker=os.getpid(),
         num_bytes=sum(array.nbytes for array in a.values()),

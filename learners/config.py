@@ -11,7 +11,9 @@ from learners.core.errors import ConfigError
 
 InnerLoss = Literal["log_prob", "likelihood_ratio", "dice"]
 Activation = Literal["tanh", "relu"]
+LirpgForm = Literal["ppo", "a2c"]
 INNER_LOSSES, ACTIVATIONS = get_args(InnerLoss), get_args(Activation)
+LIRPG_FORMS = get_args(LirpgForm)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,149 @@ class MamlTrpoConfig:
         for name, allowed in (("inner_loss", INNER_LOSSES), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class ActorCriticSettings:
+    """What the actor-critic methods share."""
+
+    gamma: float = 0.99
+    """γ, discount per environment step."""
+    num_steps: int = 5
+    """T, steps of each environment between two updates."""
+    lr: float = 7e-4
+    """Step size of policy and value."""
+    lr_decay_updates: int = 0
+    """Updates after which the step size has fallen linearly to 0; 0 keeps it constant."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy."""
+    max_grad_norm: float = 0.5
+    """Gradients are scaled down to this Euclidean norm."""
+    normalize_obs: bool = False
+    """Observations are shifted and scaled by their running mean and deviation, clipped to ±10."""
+    normalize_reward: bool = False
+    """Rewards are divided by the running deviation of the discounted return, clipped to ±10."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers of policy and value; pixels have a fixed network."""
+    activation: Activation = "tanh"
+    """Nonlinearity of the hidden layers."""
+    init_std: float = 1.0
+    """Standard deviation of the untrained Gaussian policy, in units of the action."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run could use."""
+        check_whole("num_steps", self.num_steps)
+        for width in self.hidden:
+            check_whole("hidden", width)
+        for name in ("lr", "max_grad_norm", "init_std"):
+            check_positive(name, getattr(self, name))
+        check_number("gamma", self.gamma, 0.0, 1.0)
+        for name in ("value_coef", "entropy_coef", "lr_decay_updates"):
+            check_number(name, getattr(self, name), 0.0, sys.float_info.max)
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"activation must be one of {ACTIVATIONS}, not {self.activation!r}")
+
+
+@dataclass(frozen=True)
+class A2cConfig(ActorCriticSettings):
+    """Advantage actor-critic (Mnih et al. 2016) with V-trace (Espeholt et al. 2018)."""
+
+    entropy_coef: float = 0.01
+    max_rho: float = 1.0
+    """Upper bound of V-trace's importance weight of a step."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run could use."""
+        super().__post_init__()
+        check_positive("max_rho", self.max_rho)
+
+
+@dataclass(frozen=True)
+class PpoConfig(ActorCriticSettings):
+    """Proximal policy optimization (Schulman et al. 2017)."""
+
+    num_steps: int = 2048
+    lr: float = 3e-4
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation."""
+    num_epochs: int = 10
+    """Passes over a rollout."""
+    num_minibatches: int = 32
+    """Minibatches of a pass."""
+    clip_ratio: float = 0.2
+    """Half-width of the interval around 1 in which the probability ratio has gradient."""
+    reward_bonus: float = 0.0
+    """Added to every step's reward: the constant bonus that learned rewards are compared with."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run could use."""
+        super().__post_init__()
+        check_minibatches(self.num_epochs, self.num_minibatches)
+        check_number("gae_lambda", self.gae_lambda, 0.0, 1.0)
+        check_positive("clip_ratio", self.clip_ratio)
+        check_number("reward_bonus", self.reward_bonus, -10.0, 10.0)
+
+
+@dataclass(frozen=True)
+class LirpgConfig(ActorCriticSettings):
+    """Learned intrinsic rewards for policy gradient (Zheng, Oh and Singh 2018)."""
+
+    form: LirpgForm = "ppo"
+    """ppo: clipped ratios, standardised advantages, Adam; for MuJoCo. a2c: neither, RMSProp."""
+    num_steps: int = 2048
+    lr: float = 3e-4
+    meta_lr: float = 1e-4
+    """β, step size of the intrinsic reward and the extrinsic value."""
+    extrinsic_coef: float = 0.01
+    """c_ex, weight of the extrinsic reward in what the policy learns from."""
+    intrinsic_coef: float = 1.0
+    """c_in, weight of the intrinsic reward in what the policy learns from."""
+    extrinsic_value_coef: float = 0.5
+    """Weight of the extrinsic value's loss in the outer loss."""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation; 1 in the a2c form."""
+    num_epochs: int = 10
+    """Passes over a rollout."""
+    num_minibatches: int = 32
+    """Minibatches of a pass."""
+    clip_ratio: float = 0.2
+    """Half-width of PPO's interval; of no effect in the a2c form."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run could use."""
+        super().__post_init__()
+        check_minibatches(self.num_epochs, self.num_minibatches)
+        check_positive("meta_lr", self.meta_lr)
+        check_positive("clip_ratio", self.clip_ratio)
+        check_number("gae_lambda", self.gae_lambda, 0.0, 1.0)
+        for name in ("extrinsic_coef", "intrinsic_coef", "extrinsic_value_coef"):
+            check_number(name, getattr(self, name), 0.0, sys.float_info.max)
+        if self.form not in LIRPG_FORMS:
+            raise ConfigError(f"form must be one of {LIRPG_FORMS}, not {self.form!r}")
+
+
+LearnerConfig = MamlTrpoConfig | A2cConfig | PpoConfig | LirpgConfig
+
+METHODS: dict[str, type[LearnerConfig]] = {
+    "maml-trpo": MamlTrpoConfig,
+    "a2c": A2cConfig,
+    "ppo": PpoConfig,
+    "lirpg": LirpgConfig,
+}
+"""Configurations by the name of their method."""
+
+
+def method_of(config: LearnerConfig) -> str:
+    """The name of a configuration's method."""
+    return next(name for name, kind in METHODS.items() if type(config) is kind)
+
+
+def check_minibatches(num_epochs: int, num_minibatches: int) -> None:
+    """Raises ConfigError unless both are whole numbers above 0."""
+    check_whole("num_epochs", num_epochs)
+    check_whole("num_minibatches", num_minibatches)
 
 
 def check_whole(name: str, value: object) -> None:

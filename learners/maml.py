@@ -95,10 +95,15 @@ class MamlTrpo:
         """K + 2, as in the paper's figures."""
         return self.config.num_inner_updates + 2
 
-    def init(self, generator: torch.Generator) -> State:
-        """η: the initial policy, and α of each parameter where it is learned."""
+    @property
+    def num_stream_steps(self) -> None:
+        """Whole episodes."""
+        return None
+
+    def init(self, seeds: Sequence[int]) -> State:
+        """η: the initial policy, and α of each parameter where it is learned. One seed counts."""
         c = self.config
-        params = self.policy.init(generator)
+        params = self.policy.init(torch.Generator().manual_seed(seeds[0]))
         rates = {INNER_LR + n: torch.full_like(p, c.inner_lr) for n, p in params.items()}
         return {"meta_params": params | rates if c.learn_inner_lr else params}
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import cast
 
-from learners.config import MamlTrpoConfig
+from learners.config import LearnerConfig, method_of
 from learners.core.contract import Learner
 from learners.core.trajectory import Spec
 
-LEARNERS: dict[type, str] = {MamlTrpoConfig: "learners.maml:MamlTrpo"}
+LEARNERS: dict[str, str] = {
+    "maml-trpo": "learners.maml:MamlTrpo",
+    "a2c": "learners.a2c:A2c",
+    "ppo": "learners.ppo:Ppo",
+    "lirpg": "learners.lirpg:Lirpg",
+}
 
 
-def make_learner(config: MamlTrpoConfig, spec: Spec) -> Learner:
+def make_learner(config: LearnerConfig, spec: Spec) -> Learner:
     """The learner that `config` configures, for environments of `spec`."""
-    module, name = LEARNERS[type(config)].split(":")
+    module, name = LEARNERS[method_of(config)].split(":")
     return cast(Learner, getattr(import_module(module), name)(config, spec))

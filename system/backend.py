@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.rollout import Receipt, Request
 
 AGENTS = "agents"
 """Name under which the acting parameters are published."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A collected chunk: what was asked for, handles to it and to its carry, and its receipt."""
+
+    request: Request
+    chunk: Any
+    receipt: Receipt
+    carry: Any
 
 
 class Backend(Protocol):
@@ -26,15 +37,22 @@ class Backend(Protocol):
         """Calls a method of the learner's host; handles among `args` become chunks there."""
         ...
 
-    def collect(self, requests: Sequence[Request]) -> tuple[list[Any], list[Receipt]]:
-        """Collects all requests.
+    def collect(
+        self, requests: Sequence[Request], carries: Sequence[Any] | None = None
+    ) -> list[Arrival]:
+        """Collects all requests; the answers are in their order.
 
-        Returns:
-            A handle to each chunk and its receipt, in the order of the requests.
+        Args:
+            requests: one per slot.
+            carries: for streams, the handle of each slot's carry, or None to start episodes.
 
         Raises:
             RolloutError: an environment or a worker failed for good.
         """
+        ...
+
+    def fetch(self, handles: Sequence[Any]) -> list[Any]:
+        """What the handles stand for."""
         ...
 
     def close(self) -> None:

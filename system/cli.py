@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from actors.tasks import FAMILIES, closest
+from actors.tasks import ATARI_PREFIX, FAMILIES, closest
 from learners.core.errors import ConfigError
 from system.config import RunConfig, RuntimeConfig, TaskOption, to_dict
 from system.presets import PRESETS
@@ -132,7 +132,7 @@ def warn_of_settings_without_effect(runtime: RuntimeConfig) -> None:
 
 def evaluate(arguments: list[str]) -> int:
     """Metaloop evaluate RUN [flags]."""
-    check_flags(arguments, EvaluateArguments, "metaloop evaluate --help")
+    check_flags(arguments, flag_names(EvaluateArguments), "metaloop evaluate --help")
     parsed = tyro.cli(EvaluateArguments, args=arguments, prog="metaloop evaluate")
     from system import evaluation, run
 
@@ -157,6 +157,7 @@ def list_all(arguments: list[str]) -> int:
     print("\ntasks, for --task")
     for name in FAMILIES:
         print(f"  {name}")
+    print("  atari-<game>                       an Atari game: pip install 'metaloop[atari]'")
     print("  gym:<id>                           any Gymnasium environment, as one task")
     print("  module:Class                       your own family")
     print("\nlearners")
@@ -191,9 +192,10 @@ def parse_config(arguments: list[str], verb: str) -> TrainArguments:
             "`metaloop list` lists all"
         )
     rest, options = take_task_options(rest)
-    check_flags(rest, TrainArguments, f"metaloop {verb} {name} --help")
     defaults = PRESETS[name]()
-    hidden = tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    known = flag_names(TrainArguments, type(defaults.learner))
+    check_flags(rest, known, f"metaloop {verb} {name} --help")
+    hidden = tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     parsed = tyro.cli(
         hidden(VisibleTrainArguments),
         args=rest,
@@ -220,31 +222,29 @@ class VisibleTrainArguments(TrainArguments):
 
 
 def check_task_name(task: str) -> None:
-    """Raises ConfigError for a task that is neither built in nor an import path."""
-    if task not in FAMILIES and ":" not in task:
+    """Raises ConfigError for a task that is no built-in, no Atari game and no import path."""
+    if task not in FAMILIES and ":" not in task and not task.startswith(ATARI_PREFIX):
         raise ConfigError(
             f"there is no task family {task!r}; closest: {closest(task, FAMILIES)}. "
             "`metaloop list` lists all"
         )
 
 
-def flag_names(kind: type) -> set[str]:
+def flag_names(kind: type, learner: type | None = None) -> set[str]:
     """The flags that a dataclass and the dataclasses in it make."""
     names: set[str] = set()
-    nested = {"config": RunConfig, "runtime": RuntimeConfig}
+    nested = {"config": RunConfig, "runtime": RuntimeConfig, "learner": learner}
     for f in dataclasses.fields(kind):
-        if f.name in nested:
-            names |= flag_names(nested[f.name])
-        elif f.name == "learner":
-            names |= flag_names(type(RunConfig(preset="", task="").learner))
+        inner = nested.get(f.name)
+        if inner is not None:
+            names |= flag_names(inner, learner)
         elif f.name not in ("preset", "task_options", "run"):
             names |= {f"--{f.name.replace('_', '-')}"}
     return names
 
 
-def check_flags(arguments: Sequence[str], kind: type, help_command: str) -> None:
+def check_flags(arguments: Sequence[str], known: set[str], help_command: str) -> None:
     """Raises ConfigError for a flag that does not exist, with the three closest."""
-    known = flag_names(kind)
     negated = {f"--no-{name[2:]}" for name in known}
     for argument in arguments:
         if not argument.startswith("--"):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from learners.config import MamlTrpoConfig
+from learners.config import METHODS, LearnerConfig, MamlTrpoConfig, method_of
 from learners.core.errors import ConfigError
 
 TaskOption = float | int | bool | str
@@ -55,16 +55,16 @@ class RunConfig:
     """Name of the preset that this started from."""
     task: str
     """Task family: a name of `metaloop list`, gym:<id>, or module:Class."""
-    learner: MamlTrpoConfig = field(default_factory=MamlTrpoConfig)
+    learner: LearnerConfig = field(default_factory=MamlTrpoConfig)
     """Hyper-parameters of the method."""
     task_options: Annotated[dict[str, TaskOption], tyro.conf.Suppress] = field(default_factory=dict)
     """Fields of the task family that differ from its defaults."""
     iterations: int = 200
     """Meta-iterations."""
     num_members: int = 40
-    """M, tasks per meta-iteration."""
+    """M, tasks per meta-iteration, or replicas: independent runs, each with its own seed."""
     num_envs: int = 20
-    """E, parallel environments, and so episodes, of each member in each phase."""
+    """E, parallel environments of each member; where chunks are whole episodes, their number."""
     members_per_slot: int = 4
     """Members that one request covers."""
     envs_per_slot: int = 1_000_000
@@ -74,28 +74,50 @@ class RunConfig:
     eval_every: int = 10
     """Meta-iterations between evaluations; 0 for none but the last."""
     eval_tasks: int = 40
-    """Tasks of an evaluation, from their own seed stream."""
+    """Tasks of an evaluation, from their own seed stream; for replicas the episodes of all."""
+    log_every: int = 1
+    """Meta-iterations that one record averages over."""
+    max_lag: int = 0
+    """Versions that a chunk may lag behind the newest parameters when it is learned from. 0 waits
+    for chunks of exactly the newest; above 0 actors go on while the learner works."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """How it is carried out."""
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
         positive = ("iterations", "num_members", "num_envs", "members_per_slot", "envs_per_slot")
-        for name in (*positive, "eval_tasks"):
+        for name in (*positive, "eval_tasks", "log_every"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("seed", "eval_every"):
+        for name in ("seed", "eval_every", "max_lag"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.max_lag > 0:
+            self.check_lag()
+
+    def check_lag(self) -> None:
+        """Refuses asynchronous collection where a method or backend has none."""
+        if isinstance(self.learner, MamlTrpoConfig):
+            raise ConfigError(
+                f"max_lag {self.max_lag}: {method_of(self.learner)} needs the data of exactly its "
+                "own parameters; max_lag must be 0"
+            )
+        if self.runtime.backend == "serial":
+            raise ConfigError(
+                f"max_lag {self.max_lag} needs --backend ray: one process cannot collect and learn "
+                "at the same time"
+            )
 
 
-MAY_CHANGE = ("iterations", "eval_every", "eval_tasks", "runtime")
+MAY_CHANGE = ("iterations", "eval_every", "eval_tasks", "log_every", "runtime")
 """Fields that a resumed run may change: none of them alters what was learned so far."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as JSON values."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    if isinstance(config, RunConfig):
+        values["learner"] = {"method": method_of(config.learner), **values["learner"]}
     return values
 
 
@@ -108,9 +130,12 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     values = dict(values)
     learner = dict(values.pop("learner"))
     learner["hidden"] = tuple(learner["hidden"])
+    method = learner.pop("method", "maml-trpo")
+    if method not in METHODS:
+        raise ConfigError(f"this configuration has the unknown method {method!r}")
     try:
         return RunConfig(
-            learner=MamlTrpoConfig(**learner),
+            learner=METHODS[method](**learner),
             runtime=RuntimeConfig(**values.pop("runtime")),
             **values,
         )

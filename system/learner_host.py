@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from actors.rollout import Arrays, Chunk
-from learners.config import MamlTrpoConfig
+from learners.config import LearnerConfig
 from learners.core.contract import Agents, State, check_finite
 from learners.core.errors import ConfigError, NonFiniteError
 from learners.core.params import flatten_members
@@ -43,6 +43,21 @@ class Outcome:
     version: int | None = None
     metrics: Metrics | None = None
     failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop must know of a learner.
+
+    Attributes:
+        num_inner_updates: K of a training window.
+        num_evaluation_updates: of an evaluation.
+        num_stream_steps: T of a chunk of a stream, or None for whole episodes.
+    """
+
+    num_inner_updates: int
+    num_evaluation_updates: int
+    num_stream_steps: int | None
 
 
 def choose_device(device: str) -> torch.device:
@@ -83,13 +98,18 @@ class LearnerHost:
     """
 
     def __init__(
-        self, config: MamlTrpoConfig, spec: Spec, seed: int, device: str, num_threads: int
+        self,
+        config: LearnerConfig,
+        spec: Spec,
+        seeds: Sequence[int],
+        device: str,
+        num_threads: int,
     ) -> None:
         self.learner = make_learner(config, spec)
         self.device = choose_device(device)
         self.num_threads = num_threads
         self.version = 0
-        self.state = self.on_device(self.learner.init(torch.Generator().manual_seed(seed)))
+        self.state = self.on_device(self.learner.init(seeds))
         self.first: Agents | None = None
         self.agents: Agents | None = None
         self.batches: list[Trajectory] = []
@@ -106,6 +126,14 @@ class LearnerHost:
         self.first, self.batches = agents, []
         self.member_ranges = list(member_ranges)
         return renew, self.act(agents)
+
+    def advance(
+        self, num_members: int, member_ranges: Sequence[tuple[int, int]], *chunks: Chunk
+    ) -> Outcome:
+        """`meta_update` of a window without inner updates, and `begin` of the next."""
+        outcome = self.meta_update(*chunks)
+        _, version = self.begin(num_members, member_ranges)
+        return replace(outcome, version=version)
 
     def inner_update(self, evaluating: bool, *chunks: Chunk) -> Outcome:
         """One inner update of all members on the chunks of one phase."""
@@ -149,9 +177,12 @@ class LearnerHost:
         self.publish(self.version, blocks)
         return self.version
 
-    def num_updates(self) -> tuple[int, int]:
-        """Inner updates of a training window and of an evaluation."""
-        return self.learner.num_inner_updates, self.learner.num_evaluation_updates
+    def plan(self) -> Plan:
+        """What the loop must know of the learner."""
+        learner = self.learner
+        return Plan(
+            learner.num_inner_updates, learner.num_evaluation_updates, learner.num_stream_steps
+        )
 
     # --- The state ---
 

@@ -7,13 +7,15 @@
             version    = learner.inner_update(collect(version, members))
         metrics        = learner.meta_update(collect(version, members))
 
-Evaluation is the same without the last line, on tasks from their own seed stream.
+Evaluation is the same without the last line, on tasks from their own seed stream. Chunks are whole
+episodes, or pieces of a stream that goes on from one iteration to the next.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +24,18 @@ import numpy as np
 import psutil
 
 from actors.family import Task, TaskFamily
-from actors.rollout import Receipt, Request, Slot, make_slots
+from actors.rollout import Carry, Receipt, Request, Slot, make_slots
 from learners.core.trajectory import Metrics
-from system.backend import Backend
+from system.ahead import Ahead
+from system.backend import Arrival, Backend
 from system.config import RunConfig
-from system.learner_host import Failure
+from system.learner_host import Failure, Outcome
 from system.seeds import Stream, make_rng, make_seeds
+from system.statistics import mean_ci
+
+
+RECENT = 100
+"""Episodes of each replica over which a stream's return is averaged."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,17 @@ class Counters:
 class Phase:
     """What one collection brought, as its receipts say."""
 
-    member_return: np.ndarray  # [M], mean raw return of the episodes that ended, or NaN
-    member_length: np.ndarray  # [M], mean length in steps
+    returns: list[list[float]]  # per member, raw returns of the episodes that ended
+    lengths: list[list[float]]  # per member, their lengths in steps
     num_steps: int
     busy_seconds: float
     seconds: float
     num_bytes: int
+
+    @property
+    def member_return(self) -> np.ndarray:
+        """Mean return of each member, [M], NaN where no episode ended."""
+        return means(self.returns)
 
 
 class Loop:
@@ -85,25 +98,56 @@ class Loop:
         self.config = config
         self.family = family
         self.backend = backend
-        self.num_inner_updates, self.num_evaluation_updates = backend.learner("num_updates")
+        self.plan = backend.learner("plan")
         self.members: list[Task] = []
+        self.carries: dict[int, Any] = {}
+        self.recent = [deque[float](maxlen=RECENT) for _ in range(config.num_members)]
+        self.ahead: Ahead | None = None
+
+    @property
+    def num_replicas(self) -> int:
+        """Independent runs in one: M where members work on streams, else 1."""
+        return 1 if self.plan.num_stream_steps is None else self.config.num_members
 
     def iterate(self, counters: Counters) -> tuple[Counters, Metrics, SkippedUpdate | None]:
         """One meta-iteration: the new counters, its metrics, and a failure if there was one."""
-        config, backend = self.config, self.backend
-        begun, learner_seconds = time.perf_counter(), 0.0
-        iteration = counters.iteration
-        slots = self.slots(config.num_members)
-        renew, version = backend.learner("begin", config.num_members, member_ranges(slots))
+        begun = time.perf_counter()
+        if self.config.max_lag > 0:
+            phases, outcome, learner_seconds, extra = self.step_ahead(counters.iteration)
+        else:
+            phases, outcome, learner_seconds = self.step(counters.iteration)
+            extra = {}
+        seconds = time.perf_counter() - begun
+        failure = outcome.failure
+        counters = Counters(
+            counters.iteration + 1,
+            counters.env_steps + sum(phase.num_steps for phase in phases),
+            counters.skipped + (failure is not None),
+            counters.skipped_in_a_row + 1 if failure else 0,
+        )
+        metrics = (outcome.metrics or {}) | self.metrics(phases, seconds, learner_seconds) | extra
+        metrics["meta/skipped_updates"] = float(counters.skipped)
+        metrics["time/env_steps"] = float(counters.env_steps)
+        skipped = None
+        if failure is not None:
+            task = None if failure.member is None else self.members[failure.member]
+            skipped = SkippedUpdate(counters.iteration, failure, task, self.config.seed)
+        return counters, metrics, skipped
+
+    def step(self, iteration: int) -> tuple[list[Phase], Outcome, float]:
+        """K inner updates and the outer one; the phases, the last outcome, learner seconds."""
+        backend, num_inner_updates = self.backend, self.plan.num_inner_updates
+        slots = self.slots(self.config.num_members, self.config.num_envs)
+        renew, version = backend.learner("begin", self.config.num_members, member_ranges(slots))
         self.resample(renew, iteration)
         phases: list[Phase] = []
-        outcome = None
-        for k in range(self.num_inner_updates + 1):
+        learner_seconds = 0.0
+        for k in range(num_inner_updates + 1):
             place = (Stream.TRAIN, iteration, k)
             handles, phase = self.collect(slots, self.members, version, place)
             phases.append(phase)
             asked = time.perf_counter()
-            if k < self.num_inner_updates:
+            if k < num_inner_updates:
                 outcome = backend.learner("inner_update", False, *handles)
             else:
                 outcome = backend.learner("meta_update", *handles)
@@ -111,39 +155,58 @@ class Loop:
             version = outcome.version
             if outcome.failure is not None:
                 break
-        assert outcome is not None
-        seconds = time.perf_counter() - begun
-        failure = outcome.failure
-        counters = Counters(
-            iteration + 1,
-            counters.env_steps + sum(phase.num_steps for phase in phases),
-            counters.skipped + (failure is not None),
-            counters.skipped_in_a_row + 1 if failure else 0,
-        )
-        metrics = (outcome.metrics or {}) | self.metrics(phases, seconds, learner_seconds)
-        metrics["meta/skipped_updates"] = float(counters.skipped)
-        metrics["time/env_steps"] = float(counters.env_steps)
-        skipped = None
-        if failure is not None:
-            task = None if failure.member is None else self.members[failure.member]
-            skipped = SkippedUpdate(counters.iteration, failure, task, config.seed)
-        return counters, metrics, skipped
+        return phases, outcome, learner_seconds
+
+    def step_ahead(self, iteration: int) -> tuple[list[Phase], Outcome, float, Metrics]:
+        """One update on one chunk of every slot, collected while the learner worked."""
+        config = self.config
+        slots = self.slots(config.num_members, config.num_envs)
+        if self.ahead is None:
+            renew, version = self.backend.learner(
+                "begin", config.num_members, member_ranges(slots)
+            )
+            self.resample(renew, iteration)
+
+            def request(slot: Slot, number: int) -> Request:
+                place = (Stream.TRAIN, iteration + number, 0)
+                return self.request(slot, self.members, None, place)
+
+            self.ahead = Ahead(self.backend, slots, request, config.max_lag, version, self.carries)
+        handles, receipts, waited = self.ahead.next_batch()
+        asked = time.perf_counter()
+        arguments = (config.num_members, member_ranges(slots), *handles)
+        outcome = self.ahead.while_collecting("advance", *arguments)
+        learner_seconds = time.perf_counter() - asked
+        self.carries = self.ahead.consumed
+        phase = summarise(slots, receipts, config.num_members, waited)
+        return [phase], outcome, learner_seconds, self.ahead.metrics()
 
     def evaluate(self, num_tasks: int) -> tuple[list[Task], np.ndarray]:
         """Adapts to evaluation tasks without learning from them.
 
+        Replicas act on episodes of their own: `num_tasks` is then the number of episodes in all.
+
         Returns:
             The tasks, and the mean raw return of each after 0 … K+2 inner updates, [M, K+3].
         """
+        num_envs = self.config.num_envs
+        if self.plan.num_stream_steps is not None:
+            num_envs = -(-num_tasks // self.config.num_members)
+            num_tasks = self.config.num_members
         tasks = evaluation_tasks(self.family, self.config.seed, num_tasks)
-        slots = self.slots(len(tasks))
+        if self.plan.num_stream_steps is not None:
+            tasks = tasks[:num_tasks]
+        slots = self.slots(len(tasks), num_envs)
         _, version = self.backend.learner("begin", len(tasks), member_ranges(slots))
         curve = []
-        for k in range(self.num_evaluation_updates + 1):
+        num_updates = self.plan.num_evaluation_updates
+        for k in range(num_updates + 1):
             place = (Stream.EVALUATION, 0, k)
-            handles, phase = self.collect(slots, tasks, version, place)
+            handles, phase = self.collect(
+                slots, tasks, version, place, stream=False, keep_data=k < num_updates
+            )
             curve.append(phase.member_return)
-            if k < self.num_evaluation_updates:
+            if k < num_updates:
                 outcome = self.backend.learner("inner_update", True, *handles)
                 if outcome.failure is not None:
                     raise FailedEvaluation(outcome.failure.tensor, k, tasks, outcome.failure.member)
@@ -151,23 +214,82 @@ class Loop:
             elif not np.isfinite(phase.member_return).all():
                 member = int(np.flatnonzero(~np.isfinite(phase.member_return))[0])
                 raise FailedEvaluation("episode_return", k, tasks, member)
+        if self.ahead is not None:
+            # The evaluation published parameters for its own slots: those that train come again.
+            ranges = member_ranges(self.slots(self.config.num_members, self.config.num_envs))
+            self.ahead.newest = self.backend.learner("begin", self.config.num_members, ranges)[1]
         return tasks, np.stack(curve, 1)
+
+    # --- What a checkpoint holds beside the learner ---
+
+    def snapshot(self) -> dict[str, dict[str, np.ndarray]]:
+        """Tasks, recent returns and, as far as environments can be saved, where streams stand.
+
+        Streams whose environments cannot be saved begin new episodes, here and after a restart.
+        """
+        if self.plan.num_stream_steps is None:
+            return {}
+        recent = {str(m): np.array(values) for m, values in enumerate(self.recent) if values}
+        slots = list(self.carries)
+        carries = self.backend.fetch([self.carries[slot] for slot in slots])
+        if any(not carry.env for carry in carries):
+            self.carries, slots, carries = {}, [], []
+        out = {"recent": recent} if recent else {}
+        for slot, carry in zip(slots, carries, strict=True):
+            out[f"carry{slot}"] = carry_to_arrays(carry)
+        return out
+
+    def restore(self, saved: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Takes a snapshot over."""
+        for member, values in saved.get("recent", {}).items():
+            self.recent[int(member)].extend(values.tolist())
+        self.carries = {
+            int(name.removeprefix("carry")): carry_from_arrays(arrays)
+            for name, arrays in saved.items()
+            if name.startswith("carry")
+        }
 
     # --- Parts ---
 
-    def slots(self, num_members: int) -> list[Slot]:
-        """The slots of M members."""
+    def slots(self, num_members: int, num_envs: int) -> list[Slot]:
+        """The slots of M members in E environments each."""
         c = self.config
-        return make_slots(num_members, c.num_envs, c.members_per_slot, c.envs_per_slot)
+        return make_slots(num_members, num_envs, c.members_per_slot, c.envs_per_slot)
 
     def resample(self, renew: Sequence[bool], iteration: int) -> None:
-        """Draws new tasks for the members that start anew."""
+        """Draws new tasks for the members that start anew, or have none."""
         rng = make_rng(self.config.seed, Stream.TRAIN_TASKS, iteration)
+        if not self.members and not any(renew):
+            # A stream's tasks are those of the first iteration, also after a restart.
+            rng = make_rng(self.config.seed, Stream.TRAIN_TASKS, 0)
         fresh = self.family.sample(rng, len(renew))
         kept = self.members or fresh
         self.members = [
             new if again else old for new, old, again in zip(fresh, kept, renew, strict=True)
         ]
+
+    def request(
+        self,
+        slot: Slot,
+        tasks: Sequence[Task],
+        version: int | None,
+        place: tuple[Stream, int, int],
+        *,
+        stream: bool = True,
+        keep_data: bool = True,
+    ) -> Request:
+        """What is asked of a slot; `stream` holds where the learner works on streams."""
+        where, iteration, k = place
+        num_steps = self.plan.num_stream_steps if stream else None
+        return Request(
+            slot=slot,
+            tasks=tuple(tasks[slice(*slot.members)]),
+            seeds=make_seeds(self.config.seed, where, iteration, k, slot.id),  # type: ignore[arg-type]
+            version=version,
+            num_steps=num_steps or self.family.spec.horizon,
+            stream=num_steps is not None,
+            keep_data=keep_data,
+        )
 
     def collect(
         self,
@@ -175,23 +297,25 @@ class Loop:
         tasks: Sequence[Task],
         version: int,
         place: tuple[Stream, int, int],
+        *,
+        stream: bool = True,
+        keep_data: bool = True,
     ) -> tuple[list[Any], Phase]:
-        """Whole episodes of all members."""
+        """One chunk of every slot: the next of its stream, or whole episodes."""
         begun = time.perf_counter()
-        stream, iteration, k = place
         requests = [
-            Request(
-                slot=slot,
-                tasks=tuple(tasks[slice(*slot.members)]),
-                seeds=make_seeds(self.config.seed, stream, iteration, k, slot.id),  # type: ignore[arg-type]
-                version=version,
-                num_steps=self.family.spec.horizon,
-            )
+            self.request(slot, tasks, version, place, stream=stream, keep_data=keep_data)
             for slot in slots
         ]
-        handles, receipts = self.backend.collect(requests)
+        streaming = stream and self.plan.num_stream_steps is not None
+        carries = [self.carries.get(slot.id) if streaming else None for slot in slots]
+        arrivals = self.backend.collect(requests, carries)
+        if streaming:
+            self.carries = {a.receipt.slot_id: a.carry for a in arrivals}
         seconds = time.perf_counter() - begun
-        return handles, summarise(slots, receipts, len(tasks), seconds)
+        receipts = [arrival.receipt for arrival in arrivals]
+        phase = summarise(slots, receipts, len(tasks), seconds)
+        return [arrival.chunk for arrival in arrivals], phase
 
     def metrics(self, phases: Sequence[Phase], seconds: float, learner_seconds: float) -> Metrics:
         """Returns before and after adaptation, speed, idle time."""
@@ -200,11 +324,16 @@ class Loop:
         num_actors = (
             1 if self.config.runtime.backend == "serial" else self.config.runtime.num_actors
         )
-        means = [mean_of_finite(phase.member_return) for phase in phases]
-        return {f"adapt/ep_rew_mean_{k}": mean for k, mean in enumerate(means)} | {
-            "adapt/gain": means[-1] - means[0],
-            "rollout/ep_rew_mean": means[-1],
-            "rollout/ep_len_mean": mean_of_finite(phases[-1].member_length),
+        if self.plan.num_stream_steps is None:
+            found = [mean_of_finite(phase.member_return) for phase in phases]
+            shown = {f"adapt/ep_rew_mean_{k}": mean for k, mean in enumerate(found)} | {
+                "adapt/gain": found[-1] - found[0],
+                "rollout/ep_rew_mean": found[-1],
+            }
+        else:
+            shown = self.replica_metrics(phases[-1])
+        return shown | {
+            "rollout/ep_len_mean": mean_of_finite(means(phases[-1].lengths)),
             "perf/env_steps_per_s": env_steps / seconds,
             "perf/collect_s": sum(phase.seconds for phase in phases),
             "perf/learner_s": learner_seconds,
@@ -216,10 +345,40 @@ class Loop:
             "time/iteration": seconds,
         }
 
+    def replica_metrics(self, phase: Phase) -> Metrics:
+        """Mean of each replica's last 100 episodes, and the interval over replicas."""
+        for recent, returns in zip(self.recent, phase.returns, strict=True):
+            recent.extend(returns)
+        mean = means(self.recent)
+        shown = {"rollout/ep_rew_mean": mean_of_finite(mean)}
+        finite = mean[np.isfinite(mean)]
+        if len(mean) > 1 and finite.size > 1:
+            _, (low, high) = mean_ci(finite)
+            shown |= {"rollout/ep_rew_ci95_low": low, "rollout/ep_rew_ci95_high": high}
+            shown |= {f"replica/ep_rew_mean_{m}": value for m, value in enumerate(mean.tolist())}
+        return shown
+
+
+def carry_to_arrays(carry: Carry) -> dict[str, np.ndarray]:
+    """A carry as named arrays."""
+    own = {name: value for name, value in vars(carry).items() if name not in ("env", "ticket")}
+    return own | {f"env.{name}": value for name, value in carry.env.items()}
+
+
+def carry_from_arrays(arrays: Mapping[str, np.ndarray]) -> Carry:
+    """The inverse of `carry_to_arrays`."""
+    env = {n.removeprefix("env."): a for n, a in arrays.items() if n.startswith("env.")}
+    return Carry(env=env, **{n: a for n, a in arrays.items() if not n.startswith("env.")})
+
 
 def member_ranges(slots: Sequence[Slot]) -> list[tuple[int, int]]:
     """The distinct ranges of members, in order."""
     return list(dict.fromkeys(slot.members for slot in slots))
+
+
+def means(values: Sequence[Sequence[float]] | Sequence[deque[float]]) -> np.ndarray:
+    """Mean of each entry, NaN where it is empty."""
+    return np.array([float(np.mean(entry)) if entry else np.nan for entry in values])
 
 
 def mean_of_finite(values: np.ndarray) -> float:
@@ -244,15 +403,17 @@ def summarise(
     slots: Sequence[Slot], receipts: Sequence[Receipt], num_members: int, seconds: float
 ) -> Phase:
     """Adds the receipts of one phase up."""
-    totals = np.zeros((3, num_members))
-    for slot, receipt in zip(slots, receipts, strict=True):
-        parts = (receipt.return_sum, receipt.length_sum, receipt.num_episodes)
-        totals[:, slice(*slot.members)] += np.array(parts)
-    with np.errstate(invalid="ignore"):
-        member_return, member_length = totals[0] / totals[2], totals[1] / totals[2]
+    returns: list[list[float]] = [[] for _ in range(num_members)]
+    lengths: list[list[float]] = [[] for _ in range(num_members)]
+    of_slot = {slot.id: slot for slot in slots}
+    for receipt in receipts:
+        first = of_slot[receipt.slot_id].members[0]
+        for i, (got, took) in enumerate(zip(receipt.returns, receipt.lengths, strict=True)):
+            returns[first + i] += got
+            lengths[first + i] += took
     return Phase(
-        member_return=member_return,
-        member_length=member_length,
+        returns=returns,
+        lengths=lengths,
         num_steps=sum(receipt.num_steps for receipt in receipts),
         busy_seconds=sum(receipt.seconds for receipt in receipts),
         seconds=seconds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from learners.config import MamlTrpoConfig
+from learners.config import A2cConfig, LearnerConfig, LirpgConfig, MamlTrpoConfig, PpoConfig
 from system.config import RunConfig, TaskOption
 
 MAML = MamlTrpoConfig(inner_loss="likelihood_ratio", gae_lambda=0.9, max_kl=0.02)
@@ -127,6 +127,169 @@ def tabular_mdp() -> RunConfig:
     )
 
 
+# --- Actor-critic baselines and learned intrinsic rewards ---
+
+MUJOCO_STEPS = 1_000_000
+"""Environment steps of each replica on MuJoCo (Zheng, Oh and Singh 2018)."""
+
+ROLLOUT = 2048
+"""Steps between two updates of the PPO forms."""
+
+DELAYED = ("hopper", "half-cheetah", "walker2d", "ant", "humanoid")
+"""Robots with a task delayed-<robot>."""
+
+
+def on_mujoco(learner: LearnerConfig, preset: str, task: str) -> RunConfig:
+    """Five replicas with one environment each, 1 million steps apiece."""
+    return RunConfig(
+        preset=preset,
+        task=task,
+        learner=learner,
+        iterations=-(-MUJOCO_STEPS // ROLLOUT),
+        num_members=5,
+        num_envs=1,
+        members_per_slot=3,
+        eval_every=0,
+        eval_tasks=50,
+    )
+
+
+PPO = PpoConfig(normalize_obs=True, normalize_reward=True)
+
+LIRPG = LirpgConfig(normalize_obs=True, normalize_reward=True)
+
+BONUS = 0.01
+"""Reward that the constant-bonus baseline adds to every step, in normalized units."""
+
+
+def delayed_presets(robot: str) -> dict[str, Callable[[], RunConfig]]:
+    """The methods that are compared on delayed rewards, and the same PPO without delay."""
+    task = f"delayed-{robot}"
+    variants: dict[str, tuple[LearnerConfig, str, str]] = {
+        f"ppo/{robot}": (PPO, robot, "PPO, every reward at its own step."),
+        f"ppo/{task}": (PPO, task, "PPO, rewards paid out every 20 steps."),
+        f"ppo/{task}-bonus": (
+            replace(PPO, reward_bonus=BONUS),
+            task,
+            "The same with a constant bonus on every step.",
+        ),
+        f"lirpg/{task}": (
+            LIRPG,
+            task,
+            "LIRPG: learned intrinsic reward, and 0.01 of the delayed one.",
+        ),
+        f"lirpg/{task}-intrinsic": (
+            replace(LIRPG, extrinsic_coef=0.0),
+            task,
+            "LIRPG: the policy learns from the intrinsic reward alone.",
+        ),
+    }
+
+    def preset(name: str) -> Callable[[], RunConfig]:
+        learner, on, doc = variants[name]
+
+        def make() -> RunConfig:
+            return on_mujoco(learner, name, on)
+
+        make.__doc__ = doc
+        return make
+
+    return {name: preset(name) for name in variants}
+
+
+def a2c_cartpole() -> RunConfig:
+    """A2C on CartPole-v1: 5 replicas of 8 environments."""
+    return RunConfig(
+        preset="a2c/cartpole",
+        task="gym:CartPole-v1",
+        learner=A2cConfig(num_steps=16, lr=2e-3, max_grad_norm=0.5),
+        iterations=1600,
+        num_members=5,
+        num_envs=8,
+        members_per_slot=3,
+        eval_every=0,
+        eval_tasks=50,
+        log_every=10,
+    )
+
+
+def a2c_half_cheetah() -> RunConfig:
+    """A2C on HalfCheetah-v5: 5 replicas of 16 environments, 1 million steps each."""
+    return RunConfig(
+        preset="a2c/half-cheetah",
+        task="half-cheetah",
+        learner=A2cConfig(
+            num_steps=16, lr=7e-4, entropy_coef=0.0, normalize_obs=True, normalize_reward=True
+        ),
+        iterations=-(-MUJOCO_STEPS // (16 * 16)),
+        num_members=5,
+        num_envs=16,
+        members_per_slot=1,
+        eval_every=0,
+        eval_tasks=50,
+        log_every=20,
+    )
+
+
+def ppo_cartpole() -> RunConfig:
+    """PPO on CartPole-v1: 5 replicas of 8 environments."""
+    return RunConfig(
+        preset="ppo/cartpole",
+        task="gym:CartPole-v1",
+        learner=PpoConfig(num_steps=128, num_minibatches=4, num_epochs=4, lr=1e-3),
+        iterations=100,
+        num_members=5,
+        num_envs=8,
+        members_per_slot=3,
+        eval_every=0,
+        eval_tasks=50,
+    )
+
+
+ATARI_UPDATES = 625_000
+"""Updates of 16 environments × 5 steps over which the step size falls to 0: 50 million steps."""
+
+
+def on_atari(learner: LearnerConfig, preset: str) -> RunConfig:
+    """One replica with 16 environments: 100,000 agent steps, of which many more can follow."""
+    return RunConfig(
+        preset=preset,
+        task="atari-breakout",
+        learner=learner,
+        iterations=1250,
+        num_members=1,
+        num_envs=16,
+        members_per_slot=1,
+        envs_per_slot=8,
+        eval_every=0,
+        eval_tasks=8,
+        log_every=10,
+    )
+
+
+def a2c_breakout() -> RunConfig:
+    """A2C on Atari Breakout; --task atari-<game> takes another game."""
+    return on_atari(A2cConfig(lr_decay_updates=ATARI_UPDATES), "a2c/atari-breakout")
+
+
+def lirpg_breakout() -> RunConfig:
+    """LIRPG on Atari Breakout, in its A2C form; --task atari-<game> takes another game."""
+    learner = LirpgConfig(
+        form="a2c",
+        num_steps=5,
+        lr=7e-4,
+        meta_lr=7e-4,
+        lr_decay_updates=ATARI_UPDATES,
+        extrinsic_coef=1.0,
+        intrinsic_coef=0.01,
+        extrinsic_value_coef=0.1,
+        entropy_coef=0.01,
+        num_epochs=1,
+        num_minibatches=1,
+    )
+    return on_atari(learner, "lirpg/atari-breakout")
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "maml-trpo/navigation-2d": navigation_2d,
     "maml-trpo/half-cheetah-dir": half_cheetah_dir,
@@ -137,4 +300,10 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "maml-trpo/ant-goal": ant("ant-goal", "Ant: reach a point of the square of ±3 m."),
     "maml-trpo/bandit": bandit,
     "maml-trpo/tabular-mdp": tabular_mdp,
+    "a2c/cartpole": a2c_cartpole,
+    "a2c/half-cheetah": a2c_half_cheetah,
+    "a2c/atari-breakout": a2c_breakout,
+    "ppo/cartpole": ppo_cartpole,
+    **{name: make for robot in DELAYED for name, make in delayed_presets(robot).items()},
+    "lirpg/atari-breakout": lirpg_breakout,
 }

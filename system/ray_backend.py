@@ -27,10 +27,10 @@ from ray.exceptions import (
 )
 
 from actors.family import TaskFamily
-from actors.rollout import Chunk, Receipt, Request, RolloutWorker
+from actors.rollout import Carry, Chunk, Receipt, Request, RolloutWorker
 from learners.core.errors import ConfigError
 from learners.core.policy import Policy
-from system.backend import AGENTS, RolloutError, describe
+from system.backend import AGENTS, Arrival, RolloutError, describe
 from system.config import RunConfig, RuntimeConfig
 from system.learner_host import LearnerHost
 from system.parameter_server import ParameterServer, Published
@@ -64,20 +64,31 @@ class RolloutActor:
         self.timeout_s = timeout_s
         self.published: Published | None = None
 
-    @ray.method(num_returns=2)
-    def collect(self, request: Request) -> tuple[Chunk, Receipt]:
-        """A chunk and its receipt, under exactly the version asked for."""
-        return self.worker.collect(request, self.params(request))
+    @ray.method(num_returns=3)
+    def collect(
+        self, request: Request, carry: Carry | None
+    ) -> tuple[Chunk, Receipt, Carry | None]:
+        """A chunk, its receipt and its carry, under exactly the version asked for."""
+        published = self.pull(request.version)
+        # Read without a copy from the node's store.
+        flat = ray.get(published.blocks[request.slot.members][0], timeout=self.timeout_s)
+        return self.worker.collect(request, cast(np.ndarray, flat), published.version, carry)
 
-    def params(self, request: Request) -> np.ndarray:
-        """The slot's parameters, read without a copy from the node's store."""
-        if self.published is None or self.published.version != request.version:
-            answer: Any = self.server.get.remote(AGENTS, request.version)
-            self.published = ray.get(answer, timeout=self.timeout_s)
+    def pull(self, version: int | None) -> Published:
+        """Where that version lies, or the newest."""
+        known = self.published
+        if known is None or known.version != version:
+            answer: Any
+            if version is None:
+                than = None if known is None else known.version
+                answer = self.server.pull_if_newer.remote(AGENTS, than)
+            else:
+                answer = self.server.get.remote(AGENTS, version)
+            found = ray.get(answer, timeout=self.timeout_s)
+            self.published = found or (known if version is None else None)
         if self.published is None:
-            raise UnknownVersion(f"version {request.version}")
-        reference = self.published.blocks[request.slot.members][0]
-        return cast(np.ndarray, ray.get(reference, timeout=self.timeout_s))
+            raise UnknownVersion(f"version {version}")
+        return self.published
 
     def pid(self) -> int:
         """Process id; answers once the actor is ready."""
@@ -88,13 +99,15 @@ class RolloutActor:
 class LearnerActor:
     """The learner's host in a process of its own."""
 
-    def __init__(self, config: RunConfig, family: TaskFamily, seed: int, server: Any) -> None:
+    def __init__(
+        self, config: RunConfig, family: TaskFamily, seeds: Sequence[int], server: Any
+    ) -> None:
         runtime = config.runtime
         self.server = server
         self.timeout_s = runtime.timeout_s
         self.last: Published | None = None
         self.host = LearnerHost(
-            config.learner, family.spec, seed, runtime.device, runtime.learner_threads
+            config.learner, family.spec, seeds, runtime.device, runtime.learner_threads
         )
         self.host.store = ray.put
         self.host.publish = self.publish
@@ -206,7 +219,7 @@ class Lane:
 class RayBackend:
     """Actors, learner and parameter server on Ray. See `system.backend.Backend`."""
 
-    def __init__(self, config: RunConfig, family: TaskFamily, seed: int) -> None:
+    def __init__(self, config: RunConfig, family: TaskFamily, seeds: Sequence[int]) -> None:
         self.config = config
         self.timeout_s = config.runtime.timeout_s
         self.actor_restarts = 0
@@ -216,7 +229,7 @@ class RayBackend:
         self.server = ray.remote(ParameterServer).options(**options).remote()
         gpus = 1 if self.wants_gpu() else 0
         self.learner_actor = LearnerActor.options(num_cpus=0, num_gpus=gpus).remote(  # type: ignore[attr-defined]
-            config, family, seed, self.server
+            config, family, seeds, self.server
         )
         self.learner_pid, policy, self.device = self.get(self.learner_actor.info.remote())
         actors = [
@@ -226,6 +239,10 @@ class RayBackend:
             for _ in range(config.runtime.num_actors)
         ]
         self.lanes = [Lane(actor, self.get(actor.pid.remote())) for actor in actors]
+        self.waiting: deque[tuple[Request, Any]] = deque()
+        self.running: dict[Any, tuple[Lane, Request, Any, Any, Any]] = {}
+        self.unclaimed: list[Arrival] = []
+        self.last_arrival = time.monotonic()
 
     @property
     def pids(self) -> list[int]:
@@ -261,43 +278,107 @@ class RayBackend:
                 f"the newest checkpoint."
             ) from error
 
-    def collect(self, requests: Sequence[Request]) -> tuple[list[Any], list[Receipt]]:
+    def collect(
+        self, requests: Sequence[Request], carries: Sequence[Any] | None = None
+    ) -> list[Arrival]:
         """Collects all requests; those of an actor that died are asked for again."""
-        waiting = deque(requests)
-        running: dict[Any, tuple[Lane, Request, Any]] = {}
-        done: dict[int, tuple[Any, Receipt]] = {}
-        last_progress = time.monotonic()
+        for request, carry in zip(requests, carries or [None] * len(requests), strict=True):
+            self.submit(request, carry)
+        done: dict[int, Arrival] = {}
+        wanted = {id(request) for request in requests}
+        others: list[Arrival] = []
         while len(done) < len(requests):
-            self.hand_out(waiting, running)
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-            for reference in ready:
-                lane, request, chunk = running.pop(reference)
-                lane.in_flight.remove(reference)
-                received = self.receive(reference, lane, request)
-                if received is None:
-                    waiting.appendleft(request)
+            for arrival in self.poll():
+                if id(arrival.request) in wanted:
+                    done[id(arrival.request)] = arrival
                 else:
-                    done[request.slot.id] = (chunk, received)
-                    last_progress = time.monotonic()
-            if time.monotonic() - last_progress > self.timeout_s:
-                slots = sorted(request.slot.id for _, request, _ in running.values())
-                raise RolloutError(
-                    f"no chunk for {self.timeout_s:g} s; still waiting for slots {slots[:10]} "
-                    f"from processes {[lane.pid for lane in self.lanes]}"
-                )
-        ordered = [done[request.slot.id] for request in requests]
-        return [chunk for chunk, _ in ordered], [received for _, received in ordered]
+                    others.append(arrival)
+        self.unclaimed += others
+        return [done[id(request)] for request in requests]
 
-    def hand_out(self, waiting: deque[Request], running: dict[Any, Any]) -> None:
-        """Gives waiting requests to the actors with the least to do."""
-        while waiting:
-            lane = min(self.lanes, key=lambda lane: len(lane.in_flight))
+    def submit(self, request: Request, carry: Any) -> None:
+        """Asks for a chunk; `poll` brings it."""
+        self.waiting.append((request, carry))
+        self.hand_out()
+
+    def poll(self, also: Any = None) -> list[Arrival]:
+        """The chunks that have arrived; waits a second at most for the first of them.
+
+        Args:
+            also: a reference whose readiness ends the waiting as well.
+
+        Raises:
+            RolloutError: an environment failed, or no chunk came for as long as a wait may take.
+        """
+        if self.unclaimed:
+            arrivals, self.unclaimed = self.unclaimed, []
+            return arrivals
+        self.hand_out()
+        if not self.running:
+            self.last_arrival = time.monotonic()
+        watched = [*self.running] if also is None else [*self.running, also]
+        ready, _ = ray.wait(watched, num_returns=1, timeout=1.0)
+        if self.running:
+            ready, _ = ray.wait([*self.running], num_returns=len(self.running), timeout=0)
+        arrivals = []
+        for reference in ready:
+            if reference not in self.running:
+                continue
+            lane, request, carry, chunk, stop = self.running.pop(reference)
+            lane.in_flight.remove(reference)
+            received = self.receive(reference, lane, request)
+            if received is None:
+                self.waiting.appendleft((request, carry))
+            else:
+                arrivals.append(Arrival(request, chunk, received, stop))
+        if arrivals:
+            self.last_arrival = time.monotonic()
+        elif self.running and time.monotonic() - self.last_arrival > self.timeout_s:
+            slots = sorted(entry[1].slot.id for entry in self.running.values())
+            raise RolloutError(
+                f"no chunk for {self.timeout_s:g} s; still waiting for slots {slots[:10]} "
+                f"from processes {[lane.pid for lane in self.lanes]}"
+            )
+        self.hand_out()
+        return arrivals
+
+    def hand_out(self) -> None:
+        """Gives waiting requests to the actors with the least to do.
+
+        A stream stays with one actor, which keeps its environments.
+        """
+        held: list[tuple[Request, Any]] = []
+        while self.waiting:
+            request, carry = self.waiting.popleft()
+            if request.stream:
+                lane = self.lanes[request.slot.id % len(self.lanes)]
+            else:
+                lane = min(self.lanes, key=lambda lane: len(lane.in_flight))
             if len(lane.in_flight) >= IN_FLIGHT:
-                return
-            request = waiting.popleft()
-            chunk, reference = lane.actor.collect.remote(request)
+                held.append((request, carry))
+                if not request.stream:
+                    break
+                continue
+            chunk, reference, stop = lane.actor.collect.remote(request, carry)
             lane.in_flight.append(reference)
-            running[reference] = (lane, request, chunk)
+            self.running[reference] = (lane, request, carry, chunk, stop)
+        self.waiting.extendleft(reversed(held))
+
+    def fetch(self, handles: Sequence[Any]) -> list[Any]:
+        """What the references stand for."""
+        return cast(list[Any], self.get(list(handles)))
+
+    def start(self, method: str, *args: Any) -> Any:
+        """Calls the host without waiting; `finish` brings the answer."""
+        return self.learner_actor.call.remote(method, *args)
+
+    def finish(self, reference: Any, method: str) -> Any:
+        """The answer to `start`."""
+        return self.from_learner(reference, method)
+
+    def finished(self, reference: Any) -> bool:
+        """Whether the answer to `start` is there."""
+        return bool(ray.wait([reference], timeout=0)[0])
 
     def receive(self, reference: Any, lane: Lane, request: Request) -> Receipt | None:
         """The receipt, or None where the request must be asked for again.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import safetensors.numpy
 from actors.family import TaskFamily
 from actors.tasks import load_family
 from learners.core.errors import ConfigError
+from learners.core.trajectory import Metrics
 from system import evaluation, run_folder
 from system.backend import Backend
 from system.config import RunConfig, to_dict
@@ -68,12 +70,12 @@ def make_backend(config: RunConfig, family: TaskFamily) -> Backend:
     Raises:
         ConfigError: the device, or what Ray needs, is missing.
     """
-    (seed,) = make_seeds(config.seed, Stream.INIT, count=1)
+    seeds = make_seeds(config.seed, Stream.INIT, count=config.num_members)
     if config.runtime.backend == "serial":
-        return SerialBackend(config, family, seed)
+        return SerialBackend(config, family, seeds)
     from system.ray_backend import RayBackend  # ray takes a second to import
 
-    return RayBackend(config, family, seed)
+    return RayBackend(config, family, seeds)
 
 
 @contextmanager
@@ -106,6 +108,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         counters = Counters()
         if restored is not None:
             state, counters, said = restored
+            loop.restore(run_folder.pop_loop_state(state))
             backend.learner("set_state", state)
             for line in [*said, f"going on with {folder} from iteration {counters.iteration}"]:
                 print(line)
@@ -139,6 +142,7 @@ def iterate(
         The counters, and the evaluation of the last iteration if there was one.
     """
     saved_at, result = time.monotonic(), None
+    unwritten: list[Metrics] = []
     with Progress(config.iterations, counters.iteration, config.preset) as progress:
         while counters.iteration < config.iterations and not interrupt.asked:
             counters, metrics, skipped = loop.iterate(counters)
@@ -151,8 +155,13 @@ def iterate(
                     metrics |= evaluation.as_metrics(result)
                 except FailedEvaluation as error:
                     progress.say(str(error))
-            telemetry.write(counters.iteration, counters.env_steps, metrics)
-            progress.update(counters.iteration, counters.env_steps, metrics)
+            unwritten.append(metrics)
+            if result is not None or record_is_due(config, counters.iteration):
+                metrics = average(unwritten)
+                env_steps = counters.env_steps // loop.num_replicas
+                telemetry.write(counters.iteration, env_steps, metrics)
+                progress.update(counters.iteration, counters.env_steps, metrics)
+                unwritten = []
             if skipped is not None and counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 save(config, folder, loop, counters)
                 stop(folder, counters, skipped)
@@ -169,10 +178,31 @@ def evaluation_is_due(config: RunConfig, iteration: int) -> bool:
     return iteration == config.iterations or (every > 0 and iteration % every == 0)
 
 
+def record_is_due(config: RunConfig, iteration: int) -> bool:
+    """Whether `iteration` iterations end with a record; the last one always does."""
+    return iteration == config.iterations or iteration % config.log_every == 0
+
+
+SO_FAR = ("time/env_steps", "meta/skipped_updates", "sys/actor_restarts", "perf/chunks_dropped")
+"""Metrics that count from the start: of several records the last one holds."""
+
+
+def average(records: Sequence[Metrics]) -> Metrics:
+    """Mean of each metric over the records in which it is finite; counters as in the last."""
+    names = dict.fromkeys(name for record in records for name in record)
+    averaged: Metrics = {}
+    for name in names:
+        values = [record[name] for record in records if name in record]
+        finite = [value for value in values if math.isfinite(value)]
+        last = name in SO_FAR or not finite
+        averaged[name] = values[-1] if last else sum(finite) / len(finite)
+    return averaged
+
+
 def save(config: RunConfig, folder: Path, loop: Loop, counters: Counters) -> None:
     """Writes a checkpoint."""
     state = loop.backend.learner("get_state")
-    run_folder.save(folder, state, counters, config.runtime.keep_checkpoints)
+    run_folder.save(folder, state, loop.snapshot(), counters, config.runtime.keep_checkpoints)
 
 
 def stop(folder: Path, counters: Counters, skipped: SkippedUpdate) -> NoReturn:
@@ -221,6 +251,7 @@ def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     if restored is None:
         raise ConfigError(f"{folder} has no checkpoint yet")
     state, counters, said = restored
+    run_folder.pop_loop_state(state)
     for line in said:
         print(line, file=sys.stderr)
     with running(config) as (_, backend, loop):

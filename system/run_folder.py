@@ -7,9 +7,13 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from learners.core.errors import ConfigError
 from system import checkpoint
@@ -123,15 +127,37 @@ def write_json(path: Path, value: Any) -> None:
 # --- Checkpoints ---
 
 
-def save(folder: Path, state: Any, counters: Counters, keep: int) -> Path:
-    """Writes a checkpoint of a learner's state and of the counters."""
+LOOP = "loop."
+"""Begins the names of the groups that are the loop's and not the learner's."""
+
+
+def save(
+    folder: Path,
+    state: Any,
+    loop_state: Mapping[str, Mapping[str, np.ndarray]],
+    counters: Counters,
+    keep: int,
+) -> Path:
+    """Writes a checkpoint of a learner's state, of the loop's, and of the counters."""
+    groups = dict(state)
+    for group, arrays in loop_state.items():
+        groups[LOOP + group] = {n: torch.from_numpy(np.array(a)) for n, a in arrays.items()}
     return checkpoint.save(
         folder / "checkpoints",
         counters.iteration,
-        checkpoint.flatten(state),
+        checkpoint.flatten(groups),
         {"counters": vars(counters)},
         keep=keep,
     )
+
+
+def pop_loop_state(state: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Takes the loop's groups out of a restored state."""
+    names = [name for name in state if name.startswith(LOOP)]
+    return {
+        name.removeprefix(LOOP): {n: tensor.numpy() for n, tensor in state.pop(name).items()}
+        for name in names
+    }
 
 
 def restore(folder: Path) -> tuple[Any, Counters, list[str]] | None:

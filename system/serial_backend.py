@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.family import TaskFamily
-from actors.rollout import Receipt, Request, RolloutWorker
-from system.backend import AGENTS, RolloutError, describe
+from actors.rollout import Request, RolloutWorker
+from system.backend import AGENTS, Arrival, RolloutError, describe
 from system.config import RunConfig
 from system.learner_host import LearnerHost
 from system.parameter_server import ParameterServer
@@ -19,10 +19,10 @@ class SerialBackend:
 
     actor_restarts = 0
 
-    def __init__(self, config: RunConfig, family: TaskFamily, seed: int) -> None:
+    def __init__(self, config: RunConfig, family: TaskFamily, seeds: Sequence[int]) -> None:
         runtime = config.runtime
         self.host = LearnerHost(
-            config.learner, family.spec, seed, runtime.device, runtime.learner_threads
+            config.learner, family.spec, seeds, runtime.device, runtime.learner_threads
         )
         self.server = ParameterServer()
         self.host.publish = lambda version, blocks: self.server.publish(AGENTS, version, blocks)
@@ -37,18 +37,26 @@ class SerialBackend:
         """Calls the host."""
         return getattr(self.host, method)(*args)
 
-    def collect(self, requests: Sequence[Request]) -> tuple[list[Any], list[Receipt]]:
+    def collect(
+        self, requests: Sequence[Request], carries: Sequence[Any] | None = None
+    ) -> list[Arrival]:
         """Collects one request after the other."""
-        results = []
-        for request in requests:
+        arrivals = []
+        for request, carry in zip(requests, carries or [None] * len(requests), strict=True):
+            assert request.version is not None
             published = self.server.get(AGENTS, request.version)
             assert published is not None
             params = published.blocks[request.slot.members][0]
             try:
-                results.append(self.worker.collect(request, params))
+                chunk, said, stop = self.worker.collect(request, params, request.version, carry)
             except Exception as error:
                 raise RolloutError(describe(request, error)) from error
-        return [chunk for chunk, _ in results], [receipt for _, receipt in results]
+            arrivals.append(Arrival(request, chunk, said, stop))
+        return arrivals
+
+    def fetch(self, handles: Sequence[Any]) -> list[Any]:
+        """The handles are the things themselves."""
+        return list(handles)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -22,11 +22,22 @@ FAMILIES: dict[str, str] = {
     "ant-dir": "actors.tasks.ant:AntDir",
     "ant-vel": "actors.tasks.ant:AntVel",
     "ant-goal": "actors.tasks.ant:AntGoal",
+    "hopper": "actors.tasks.locomotion:Hopper",
+    "half-cheetah": "actors.tasks.locomotion:HalfCheetah",
+    "walker2d": "actors.tasks.locomotion:Walker2d",
+    "ant": "actors.tasks.locomotion:Ant",
+    "humanoid": "actors.tasks.locomotion:Humanoid",
+    "delayed-hopper": "actors.tasks.locomotion:DelayedHopper",
+    "delayed-half-cheetah": "actors.tasks.locomotion:DelayedHalfCheetah",
+    "delayed-walker2d": "actors.tasks.locomotion:DelayedWalker2d",
+    "delayed-ant": "actors.tasks.locomotion:DelayedAnt",
+    "delayed-humanoid": "actors.tasks.locomotion:DelayedHumanoid",
     "bandit": "actors.tasks.bandit:Bandit",
     "tabular-mdp": "actors.tasks.tabular_mdp:TabularMDP",
 }
-"""Name → "module:Class". Beside these, `gym:<id>` and a user's own `module:Class`."""
+"""Name → "module:Class". Beside these, `atari-<game>`, `gym:<id>` and a user's `module:Class`."""
 
+ATARI_PREFIX = "atari-"
 GYM_PREFIX = "gym:"
 
 
@@ -41,7 +52,8 @@ def load_family(
     """The family of that name, with those options.
 
     Args:
-        name: a built-in name, `gym:<Gymnasium id>`, or `module:Class` for a user's own family.
+        name: a built-in name, `atari-<game>`, `gym:<Gymnasium id>`, or `module:Class` for a user's
+            own family.
         options: values of the family's fields; the others keep their defaults.
 
     Raises:
@@ -51,6 +63,9 @@ def load_family(
     if name.startswith(GYM_PREFIX):
         family = _import_class("actors.tasks.gym_env:GymFamily")
         fixed: dict[str, Any] = {"env_id": name.removeprefix(GYM_PREFIX)}
+    elif name.startswith(ATARI_PREFIX):
+        family = _import_class("actors.tasks.atari:AtariFamily")
+        fixed = {"game": name.removeprefix(ATARI_PREFIX)}
     elif name in FAMILIES:
         family, fixed = _import_class(FAMILIES[name]), {}
     elif ":" in name:
@@ -58,8 +73,8 @@ def load_family(
     else:
         raise ValueError(
             f"there is no task family {name!r}; closest: {closest(name, FAMILIES)}. "
-            "`metaloop list` lists all; gym:<id> takes a Gymnasium environment and module:Class "
-            "your own family"
+            "`metaloop list` lists all; atari-<game> takes an Atari game, gym:<id> a Gymnasium "
+            "environment and module:Class your own family"
         )
     options = dict(options or {})
     _check_options(name, family, options, fixed)

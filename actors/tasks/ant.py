@@ -143,26 +143,19 @@ class AntGoal(_Ant):
         return AntGoalEnv(self, num_envs)
 
 
-class _AntEnv(MujocoBatch):
-    """Observation, velocity, costs and early end; a subclass adds the task term."""
+class AntBatch(MujocoBatch):
+    """Observation, velocity, contact and early end of Ant-v5; a subclass adds tasks and reward."""
 
-    task_entry: str
-    task_size = 1
     first_position = 2
 
-    def __init__(self, family: _Ant, num_envs: int) -> None:
-        super().__init__("ant.xml", num_envs, family.spec, family.action_scale)
-        self._contact_obs = family.contact_obs
-        self._task = np.zeros((num_envs, self.task_size))
+    def __init__(self, num_envs: int, spec: Spec, action_scale: float, contact_obs: bool) -> None:
+        super().__init__("ant.xml", num_envs, spec, action_scale)
+        self._contact_obs = contact_obs
         self._torso_x = np.zeros(num_envs)
         self._contact = np.zeros((num_envs, 6 * NUM_BODIES))
         self._contact_rows = list(self._contact.reshape(num_envs, NUM_BODIES, 6))
         self._torso_position = self.data.xpos[TORSO]
         self._forces = self.data.cfrc_ext
-
-    def set_tasks(self, tasks: Sequence[Task]) -> None:
-        """Takes the tasks' numbers."""
-        self._task[:] = task_array(tasks, self.task_entry, self.task_size)
 
     def read_start(self, index: int) -> None:
         """The torso's position. Contact forces are zero before the first step, as in Ant-v5."""
@@ -175,30 +168,20 @@ class _AntEnv(MujocoBatch):
         self._torso_x[index] = self._torso_position[0]
         self._contact_rows[index][:] = self._forces
 
-    def _clipped_contact(self) -> Array:
+    def clipped_contact(self) -> Array:
+        """Contact forces and torques of all bodies in ±1, [num_envs, 84]."""
         return np.clip(self._contact, -1.0, 1.0)
 
     def observe(self) -> np.ndarray:
         """Positions, velocities and, if asked for, the clipped contact forces."""
         parts = [self.qpos[:, self.first_position :], self.qvel]
         if self._contact_obs:
-            parts.append(self._clipped_contact()[:, 6:])
+            parts.append(self.clipped_contact()[:, 6:])
         return np.concatenate(parts, 1, dtype=np.float32)
 
     def position(self) -> Array:
         """The torso's x."""
         return self._torso_x
-
-    def task_term(self, velocity: Array) -> Array:
-        """What the task pays, [num_envs], from the forward velocity [num_envs]."""
-        raise NotImplementedError
-
-    def reward(self, velocity: Array, control: Array) -> Array:
-        """The task term and the survival reward, less the costs of control and contact."""
-        effort: Array = np.square(control).sum(1)
-        contact: Array = np.square(self._clipped_contact()).sum(1)
-        costs = CONTROL_COST * effort + CONTACT_COST * contact
-        return self.task_term(velocity) + SURVIVAL_REWARD - costs
 
     def alive(self) -> np.ndarray:
         """Whether the state is finite and the torso's height healthy."""
@@ -208,8 +191,38 @@ class _AntEnv(MujocoBatch):
         return finite & (lowest <= height) & (height <= highest)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Tasks [num_envs, ·], torso x [num_envs], contact forces [num_envs, 84]."""
-        return {"task": self._task, "torso_x": self._torso_x, "contact": self._contact}
+        """Torso x [num_envs], contact forces [num_envs, 84]."""
+        return {"torso_x": self._torso_x, "contact": self._contact}
+
+
+class _AntEnv(AntBatch):
+    """Costs and survival reward; a subclass adds the task term."""
+
+    task_entry: str
+    task_size = 1
+
+    def __init__(self, family: _Ant, num_envs: int) -> None:
+        super().__init__(num_envs, family.spec, family.action_scale, family.contact_obs)
+        self._task = np.zeros((num_envs, self.task_size))
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """Takes the tasks' numbers."""
+        self._task[:] = task_array(tasks, self.task_entry, self.task_size)
+
+    def task_term(self, velocity: Array) -> Array:
+        """What the task pays, [num_envs], from the forward velocity [num_envs]."""
+        raise NotImplementedError
+
+    def reward(self, velocity: Array, control: Array) -> Array:
+        """The task term and the survival reward, less the costs of control and contact."""
+        effort: Array = np.square(control).sum(1)
+        contact: Array = np.square(self.clipped_contact()).sum(1)
+        costs = CONTROL_COST * effort + CONTACT_COST * contact
+        return self.task_term(velocity) + SURVIVAL_REWARD - costs
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Tasks [num_envs, ·], then as every ant's."""
+        return {"task": self._task, **super().arrays()}
 
 
 class AntDirEnv(_AntEnv):

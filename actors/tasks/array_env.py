@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from actors.family import Task
-from actors.tasks.checks import matching_shape, tasks_at_reset
+from actors.tasks.checks import mask_at_reset, matching_shape, tasks_at_reset
 from learners.core.trajectory import Spec
 
 
@@ -22,8 +22,8 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
 
     All tensors lie on `device`, and so does the generator that every random draw comes from.
     An environment that has ended stays `terminated`, with reward 0, until the next reset. A
-    subclass keeps its state in tensors of fixed shapes, names them in `arrays`, and defines
-    `set_tasks`, `start` and `advance`.
+    subclass keeps its state in tensors of fixed shapes [num_envs, ...], names them in `arrays`,
+    and defines `set_tasks`, `start` and `advance`.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own field)
@@ -48,6 +48,7 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self._action_shape = (num_envs, *action_space.shape)  # type: ignore[misc]
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
         self._ended = torch.ones(num_envs, dtype=torch.bool, device=self.device)
+        self._obs = torch.zeros(num_envs, spec.obs_size, device=self.device)
         self._has_tasks = False
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
@@ -69,18 +70,20 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Starts all episodes.
+        """Starts episodes.
 
         Args:
             seed: of every draw from now on; without it the random stream goes on.
             options: {"tasks": [task, ...]}, one per environment; without it the tasks stay.
+                {"reset_mask": mask}, [num_envs] bool, starts these environments alone.
 
         Returns:
             Observation [num_envs, O] float32, and an empty dict.
 
         Raises:
-            ValueError: there are no tasks yet, or their number or content does not fit.
+            ValueError: there are no tasks yet, or tasks or mask do not fit.
         """
+        mask = mask_at_reset(options, self.num_envs)
         if seed is not None:
             self.generator.manual_seed(seed)
         tasks = tasks_at_reset(options, self.num_envs)
@@ -89,9 +92,17 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
             self._has_tasks = True
         elif not self._has_tasks:
             raise ValueError('the first reset needs options={"tasks": [...]}')
-        self._steps.zero_()
-        self._ended.zero_()
-        return self.start(), {}
+        if mask is None:
+            mask = np.ones(self.num_envs, bool)
+        others = torch.from_numpy(~mask).to(self.device)
+        kept = {name: tensor[others] for name, tensor in self.arrays().items()}
+        obs = torch.where(others[:, None], self._obs, self.start())
+        for name, tensor in self.arrays().items():
+            tensor[others] = kept[name]
+        self._steps *= others
+        self._ended &= others
+        self._obs.copy_(obs)
+        return obs, {}
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """One step: observation, reward, terminated, truncated (always False), empty dict.
@@ -105,6 +116,7 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
                 f"actions have shape {tuple(action.shape)}, expected {self._action_shape}"
             )
         obs, reward, early_end = self.advance(action)
+        self._obs.copy_(obs)
         reward = reward.masked_fill(self._ended, 0.0)
         self._steps += ~self._ended
         self._ended |= self._steps >= self.horizon
@@ -113,7 +125,8 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
         return obs, reward, self._ended.clone(), torch.zeros_like(self._ended), {}
 
     def _saved(self) -> dict[str, Tensor]:
-        return {"steps": self._steps, "ended": self._ended, **self.arrays()}
+        own = {"steps": self._steps, "ended": self._ended, "obs": self._obs}
+        return {**own, **self.arrays()}
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything that the next steps depend on: tasks, state, counters, random state."""

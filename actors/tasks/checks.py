@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.family import Task
 
@@ -54,6 +55,24 @@ def tasks_at_reset(options: Mapping[str, Any] | None, num_envs: int) -> list[Tas
             f"reset needs one task per environment: {num_envs} environments, {len(tasks)} tasks"
         )
     return tasks
+
+
+def mask_at_reset(options: Mapping[str, Any] | None, num_envs: int) -> NDArray[np.bool_] | None:
+    """The `reset_mask` in a reset's options, [num_envs] bool; None where there is none.
+
+    Raises:
+        ValueError: it has another shape or type, or comes with tasks, which a partial reset keeps.
+    """
+    if options is None or "reset_mask" not in options:
+        return None
+    if "tasks" in options:
+        raise ValueError("reset takes reset_mask or tasks, not both: a partial reset keeps tasks")
+    mask = np.asarray(options["reset_mask"])
+    if mask.shape != (num_envs,) or mask.dtype != np.bool_:
+        raise ValueError(
+            f"reset_mask must be bool of shape {(num_envs,)}, not {mask.dtype} of {mask.shape}"
+        )
+    return mask
 
 
 def task_array(tasks: Sequence[Task], name: str, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space
 
 from actors.family import Task
 from actors.tasks import closest
-from actors.tasks.checks import check_whole, tasks_at_reset
+from actors.tasks.checks import check_whole, mask_at_reset, tasks_at_reset
 from learners.core.trajectory import Spec
 
 
@@ -195,30 +195,34 @@ class SingleEnvBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts all episodes.
+        """Starts episodes.
 
         Args:
             seed: of every draw from now on, an independent stream per environment; without it the
                 streams go on.
             options: {"tasks": [task, ...]}, one per environment; without it the tasks stay. An
                 environment gets {"task": task}, or no options where the task is empty.
+                {"reset_mask": mask}, [num_envs] bool, starts these environments alone.
 
         Raises:
-            ValueError: there are no tasks yet, or not one for each environment.
+            ValueError: there are no tasks yet, or tasks or mask do not fit.
         """
+        mask = mask_at_reset(options, self.num_envs)
         self._tasks = tasks_at_reset(options, self.num_envs) or self._tasks
         if self._tasks is None:
             raise ValueError('the first reset needs options={"tasks": [...]}')
         seeds: Sequence[int | None] = [None] * self.num_envs
         if seed is not None:
             seeds = np.random.SeedSequence(seed).generate_state(self.num_envs).tolist()
-        for index, (env, task) in enumerate(zip(self.envs, self._tasks, strict=True)):
+        started = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
+        for index in started.tolist():
+            task = self._tasks[index]
             own_options = {"task": dict(task)} if task else None
-            obs, _ = env.reset(seed=seeds[index], options=own_options)
+            obs, _ = self.envs[index].reset(seed=seeds[index], options=own_options)
             self._obs[index] = self._flat(obs)
-        self._steps[:] = 0
-        self._terminated[:] = False
-        self._truncated[:] = False
+        self._steps[started] = 0
+        self._terminated[started] = False
+        self._truncated[started] = False
         return self._obs.copy(), {}
 
     def step(

@@ -23,14 +23,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from actors.family import Task
-from actors.tasks.checks import matching_shape, tasks_at_reset
+from actors.tasks.checks import mask_at_reset, matching_shape, tasks_at_reset
 from learners.core.trajectory import Spec
-
-FRAME_SKIP = 5
-"""Simulation steps of 0.01 s per environment step, as in HalfCheetah-v5 and Ant-v5: dt = 0.05 s."""
-
-RESET_NOISE = 0.1
-"""Half-width of the start positions' uniform noise; deviation of the velocities' normal noise."""
 
 _SAVED = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _BAD_STATES = tuple(
@@ -74,30 +68,41 @@ def load_model(xml_file: str) -> mujoco.MjModel:
 class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """`num_envs` robots, float64 inside, float32 out.
 
-    The control is clip(action · action_scale, ±1) and held for five simulation steps. An
-    environment that has ended is not simulated further; it keeps its last observation, with reward
-    0, until the next reset. A subclass defines `set_tasks`, `observe`, `position`, `reward` and
-    `arrays`, and where it needs them `alive`, `read_start` and `read_step`.
+    The control is action · action_scale, clipped to the model's control range (±1 in most), and
+    held for `frame_skip` simulation steps. An environment that has ended is not simulated further;
+    it keeps its last observation, with reward 0, until the next reset. A subclass defines
+    `set_tasks`, `observe`, `position`, `reward` and `arrays`, and where it needs them `alive`,
+    `read_start`, `read_step` and other values of the first three attributes, whose defaults are
+    those of HalfCheetah-v5 and Ant-v5.
 
     Attributes:
+        frame_skip: simulation steps per environment step.
+        reset_noise: half-width of the start positions' uniform noise, and scale of the velocities'.
+        normal_velocities: whether the start velocities' noise is normal rather than uniform.
         num_bad_states: how often MuJoCo found a state or control not finite or huge, and put that
             robot back to its rest pose. The reward of such a step is NaN.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own field)
+    frame_skip: int = 5
+    reset_noise: float = 0.1
+    normal_velocities: bool = True
 
     def __init__(self, xml_file: str, num_envs: int, spec: Spec, action_scale: float) -> None:
         self.num_envs = num_envs
         self.single_observation_space = Box(-np.inf, np.inf, (spec.obs_size,), np.float32)
-        bound = 1.0 / action_scale
-        self.single_action_space = Box(-bound, bound, (spec.action_size,), np.float32)
+        self.model = load_model(xml_file)
+        # Gymnasium's bounds, which are rounded to float32: 0.4 becomes 0.4000000059604645.
+        bounds = self.model.actuator_ctrlrange.astype(np.float32).astype(np.float64)
+        self._lowest, self._highest = bounds.T
+        low, high = (bounds.T / action_scale).astype(np.float32)
+        self.single_action_space = Box(low, high, dtype=np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.horizon = spec.horizon
         self.action_scale = action_scale
-        self.model = load_model(xml_file)
         self.data = mujoco.MjData(self.model)
-        self.dt = self.model.opt.timestep * FRAME_SKIP
+        self.dt = self.model.opt.timestep * self.frame_skip
         self.num_bad_states = 0
         self._rng = np.random.default_rng()
         self._has_tasks = False
@@ -155,18 +160,20 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Starts all episodes at the rest pose plus noise: positions U(±0.1), velocities 0.1·N.
+        """Starts episodes at the rest pose plus noise, `reset_noise` times U(±1) or N(0, 1).
 
         Args:
             seed: of every draw from now on; without it the random stream goes on.
             options: {"tasks": [task, ...]}, one per environment; without it the tasks stay.
+                {"reset_mask": mask}, [num_envs] bool, starts these environments alone.
 
         Returns:
             Observation [num_envs, O] float32, and an empty dict.
 
         Raises:
-            ValueError: there are no tasks yet, or their number or content does not fit.
+            ValueError: there are no tasks yet, or tasks or mask do not fit.
         """
+        mask = mask_at_reset(options, self.num_envs)
         if seed is not None:
             self._rng = np.random.default_rng(seed)
         tasks = tasks_at_reset(options, self.num_envs)
@@ -175,23 +182,27 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._has_tasks = True
         elif not self._has_tasks:
             raise ValueError('the first reset needs options={"tasks": [...]}')
-        model, shape = self.model, (self.num_envs, self.model.nq)
-        qpos = model.qpos0 + self._rng.uniform(-RESET_NOISE, RESET_NOISE, shape)
-        qvel = RESET_NOISE * self._rng.standard_normal((self.num_envs, model.nv))
-        self._place(qpos, qvel)
-        self._steps[:] = 0
-        self._ended[:] = False
+        started = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
+        self._place(started)
+        self._steps[started] = 0
+        self._ended[started] = False
         return self.observe(), {}
 
-    def _place(self, qpos: Array, qvel: Array) -> None:
-        """Puts every robot at a pose [num_envs, nq] and velocity [num_envs, nv], warm start 0."""
-        model, data = self.model, self.data
-        for index, row in enumerate(self._rows):
+    def _place(self, started: NDArray[np.int64]) -> None:
+        """Puts the robots of these indices at a noisy rest pose, warm start 0."""
+        model, data, noise = self.model, self.data, self.reset_noise
+        qpos = model.qpos0 + self._rng.uniform(-noise, noise, (len(started), model.nq))
+        shape = (len(started), model.nv)
+        if self.normal_velocities:
+            qvel = noise * self._rng.standard_normal(shape)
+        else:
+            qvel = self._rng.uniform(-noise, noise, shape)
+        for place, index in enumerate(started.tolist()):
             mujoco.mj_resetData(model, data)
-            data.qpos[:] = qpos[index]
-            data.qvel[:] = qvel[index]
+            data.qpos[:] = qpos[place]
+            data.qvel[:] = qvel[place]
             mujoco.mj_forward(model, data)
-            mujoco.mj_getState(model, data, row, _SAVED)
+            mujoco.mj_getState(model, data, self._rows[index], _SAVED)
             self.read_start(index)
 
     def step(
@@ -205,7 +216,7 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         action = np.asarray(actions, np.float64)
         if action.shape != self._control.shape:
             raise ValueError(f"actions have shape {action.shape}, expected {self._control.shape}")
-        control = np.clip(action * self.action_scale, -1.0, 1.0)
+        control = np.clip(action * self.action_scale, self._lowest, self._highest)
         ended_before = self._ended.copy()
         before = self.position().copy()
         self._control[:] = control
@@ -224,14 +235,14 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Advances every environment that has not ended, and marks those in a bad state."""
         model, data, rows, warnings = self.model, self.data, self._rows, self._warnings
         set_state, get_state = mujoco.mj_setState, mujoco.mj_getState
-        advance, read = mujoco.mj_step, self.read_step
+        advance, read, frame_skip = mujoco.mj_step, self.read_step, self.frame_skip
         bad_qpos, bad_qvel, bad_qacc, bad_ctrl = _BAD_STATES
         self._bad[:] = False
         with _no_log_file():
             for index in np.flatnonzero(~self._ended).tolist():
                 row = rows[index]
                 set_state(model, data, row, _SAVED)
-                advance(model, data, FRAME_SKIP)
+                advance(model, data, frame_skip)
                 get_state(model, data, row, _SAVED)
                 read(index)
                 if (

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from learners.core.errors import NonFiniteError
 from learners.core.policy import Policy
 from learners.core.trajectory import Metrics, Params, Reduce, Trajectory
@@ -49,8 +47,17 @@ class Learner(Protocol):
         """Inner updates of an evaluation."""
         ...
 
-    def init(self, generator: torch.Generator) -> State:
-        """The state before training."""
+    @property
+    def num_stream_steps(self) -> int | None:
+        """T of one chunk of a stream; None where every chunk is whole episodes.
+
+        The members of a learner that works on streams are replicas of one run: each has its own
+        parameters throughout, and adapts online.
+        """
+        ...
+
+    def init(self, seeds: Sequence[int]) -> State:
+        """The state before training, with one seed for each member."""
         ...
 
     def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:

@@ -1,4 +1,4 @@
-"""Stochastic policies: a perceptron that gives the parameters of an action distribution.
+"""Stochastic policies: a network that gives the parameters of an action distribution.
 
 Actors and learners call the same functions. N stands for any number of observations of one
 member; every tensor has a leading axis M.
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learners.core.networks import init_mlp, mlp
+from learners.core.networks import Init, convolve, features, head, init_cnn, init_mlp
+from learners.core.normalizer import Normalizer, normalize_obs
 from learners.core.trajectory import Params, Spec
 
 MIN_LOG_STD = math.log(1e-6)
@@ -40,6 +41,23 @@ class Gaussian:
         """Log density summed over action dimensions, [M, N]."""
         scaled = (action - self.mean) * torch.exp(-self.log_std)
         return -0.5 * scaled.square().sum(-1) - (self.log_std + LOG_SQRT_2PI).sum(-1)
+
+    def log_prob_tangent(self, action: Tensor, outputs: Tensor, params: Params) -> Tensor:
+        """Derivative of `log_prob` along a direction of the parameters, [M, N].
+
+        Args:
+            action: as for `log_prob`.
+            outputs: derivative of the network's outputs, [M, N, A].
+            params: the direction itself, for log σ, which no network gives.
+        """
+        inverse = torch.exp(-self.log_std)
+        scaled = (action - self.mean) * inverse
+        moving = (self.log_std > MIN_LOG_STD).to(scaled.dtype) * params["log_std"].unsqueeze(1)
+        return (scaled * inverse * outputs + (scaled.square() - 1.0) * moving).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy, [M, 1]: the same at every observation."""
+        return (self.log_std + (LOG_SQRT_2PI + 0.5)).sum(-1)
 
     def kl(self, other: Gaussian) -> Tensor:
         """KL(self ‖ other), [M, N]."""
@@ -82,6 +100,15 @@ class Categorical:
         """Log probability, [M, N]."""
         return self.logits.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
+    def log_prob_tangent(self, action: Tensor, outputs: Tensor, params: Params) -> Tensor:
+        """As `Gaussian.log_prob_tangent`."""
+        chosen = outputs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return chosen - (self.logits.exp() * outputs).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats, [M, N]."""
+        return -(self.logits.exp() * self.logits).sum(-1)
+
     def kl(self, other: Categorical) -> Tensor:
         """KL(self ‖ other), [M, N]."""
         return (self.logits.exp() * (self.logits - other.logits)).sum(-1)
@@ -99,33 +126,65 @@ Distribution = Gaussian | Categorical
 
 @dataclass(frozen=True)
 class Policy:
-    """A perceptron policy: how its parameters begin and what they mean.
+    """A perceptron policy, or a convolutional one for pixels: what its parameters mean.
 
     Attributes:
         spec: sizes of observation and action.
-        hidden: widths of the hidden layers.
+        hidden: widths of the hidden layers; pixels have the layers of Mnih et al. 2015 instead.
         activation: nonlinearity of the hidden layers, "tanh" or "relu".
         init_std: standard deviation of a new Gaussian policy, in units of the action.
+        init_weights: how weights begin.
+        head_gain: of the last layer's weights, where these are orthogonal.
+        normalizer: what of the observations and rewards is normalized when acting.
     """
 
     spec: Spec
     hidden: tuple[int, ...]
     activation: str
     init_std: float
+    init_weights: Init = "xavier"
+    head_gain: float = 1.0
+    normalizer: Normalizer | None = None
 
     def init(self, generator: torch.Generator) -> Params:
         """Parameters of one policy, without axis M; log σ does not depend on the observation."""
-        params = init_mlp([self.spec.obs_size, *self.hidden, self.spec.action_size], generator)
-        if not self.spec.discrete:
-            params["log_std"] = torch.full((self.spec.action_size,), math.log(self.init_std))
+        spec = self.spec
+        if spec.image is not None:
+            params = init_cnn(spec.image, spec.action_size, generator, self.head_gain)
+        else:
+            sizes = [spec.obs_size, *self.hidden, spec.action_size]
+            params = init_mlp(sizes, generator, self.init_weights, self.head_gain)
+        if not spec.discrete:
+            params["log_std"] = torch.full((spec.action_size,), math.log(self.init_std))
+        return params
+
+    def template(self) -> Params:
+        """Every entry of one member's published parameters, statistics included."""
+        params = self.init(torch.Generator())
+        if self.normalizer is not None:
+            statistics = self.normalizer.init(1, self.spec.obs_size)
+            params |= {n: p[0] for n, p in self.normalizer.entries(statistics).items()}
         return params
 
     def distribution(self, params: Params, obs: Tensor) -> Distribution:
-        """The action distribution at `obs` [M, N, O]. Gradient flows to `params` and `obs`."""
-        output = mlp(params, obs, self.activation)
+        """The action distribution at raw `obs` [M, N, O]. Gradient flows to `params` and `obs`."""
+        return self.read_out(params, self.features(params, normalize_obs(params, obs)))
+
+    def features(self, params: Params, obs: Tensor) -> Tensor:
+        """The last hidden layer at normalized `obs`, [M, N, width]."""
+        if self.spec.image is not None:
+            obs = convolve(params, obs, self.spec.image)
+        return features(params, obs, "relu" if self.spec.image else self.activation)
+
+    def read_out(self, params: Params, hidden: Tensor) -> Distribution:
+        """The action distribution given the last hidden layer."""
+        return self.from_outputs(params, head(params, hidden))
+
+    def from_outputs(self, params: Params, outputs: Tensor) -> Distribution:
+        """The action distribution given the network's outputs [M, N, A]."""
         if self.spec.discrete:
-            return Categorical(output.log_softmax(-1))
-        return Gaussian(output, params["log_std"].clamp_min(MIN_LOG_STD).unsqueeze(1))
+            return Categorical(outputs.log_softmax(-1))
+        return Gaussian(outputs, params["log_std"].clamp_min(MIN_LOG_STD).unsqueeze(1))
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Noise for `sample`, [*shape, A]: normal, or Gumbel for discrete actions."""

@@ -63,11 +63,16 @@ class Trajectory:
     over valid steps divided by their number. Only `terminated` zeroes a bootstrap; in
     finite-horizon families the horizon sets it. `episode_return` and `episode_length` hold the
     raw return and the number of steps of an episode at the step where it ends, and 0 elsewhere.
+
+    A chunk of whole episodes has the steps of one episode in each environment. In a chunk of a
+    stream a new episode follows at once where one ends (autoreset SAME_STEP): every step is valid,
+    `obs` after an end is the first of the next episode, and `final_obs` has the last of the old
+    one where `truncated`. The last two fields are of length T = 0 in chunks of whole episodes.
     """
 
     obs: Tensor  # [M, T, E, O], raw
     action: Tensor  # [M, T, E, A], or [M, T, E] int64 where actions are discrete
-    reward: Tensor  # [M, T, E]
+    reward: Tensor  # [M, T, E], what is learned from: normalized and delayed where asked for
     terminated: Tensor  # [M, T, E] bool
     truncated: Tensor  # [M, T, E] bool
     valid: Tensor  # [M, T, E], 1.0 or 0.0
@@ -75,6 +80,8 @@ class Trajectory:
     last_obs: Tensor  # [M, E, O], the observation after the last step
     episode_return: Tensor  # [M, T, E]
     episode_length: Tensor  # [M, T, E]
+    final_obs: Tensor  # [M, T, E, O], the observation at which a time limit ended an episode
+    discounted_return: Tensor  # [M, T, E], Σ γ^i r_{t−i} of raw rewards, for the normalizer
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
         """Applies `function` to every tensor."""

@@ -4,7 +4,6 @@ import pytest
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
 
 from actors.tasks.ant import NUM_BODIES, AntDir, AntGoal, AntVel
-from actors.tasks.mujoco_batch import FRAME_SKIP
 
 
 def gymnasium_ant(with_xy, contact_obs):
@@ -38,7 +37,7 @@ def test_batch_equals_gymnasium_step_by_step(maker, contact_obs):
     actions[:, 0] *= 0.1  # one calm ant that does not fall
     steps = [env.step(action) for action in actions]
     single = gymnasium_ant(maker is AntGoal, contact_obs)
-    assert single.frame_skip == FRAME_SKIP
+    assert single.frame_skip == env.frame_skip
     assert single.model.nbody == NUM_BODIES
     largest_force = 0.0
     for i, task in enumerate(tasks):

@@ -144,6 +144,47 @@ def test_a_users_family_gives_each_environment_its_task():
     assert [single.m for single in env.envs] == [task["mass"] for task in tasks]
 
 
+def test_a_partial_reset_starts_the_masked_environments_alone():
+    family = PoleMass()
+    tasks = family.sample(np.random.default_rng(0), 3)
+    env, same = family.make(3), family.make(3)
+    for batch in (env, same):
+        batch.reset(seed=4, options={"tasks": tasks})
+    action = np.array([[0.5], [-1.0], [2.0]], np.float32)
+    for _ in range(6):
+        obs, *_ = env.step(action)
+        same.step(action)
+    start, info = env.reset(options={"reset_mask": np.array([True, False, False])})
+    assert info == {}
+    np.testing.assert_array_equal(start[1:], obs[1:])
+    assert (start[0] != obs[0]).any()
+    expected, _ = same.reset()  # the masked one's own stream goes on as in a full reset
+    np.testing.assert_array_equal(start[0], expected[0])
+    assert [single.m for single in env.envs] == [task["mass"] for task in tasks]
+    for t in range(14):
+        last, reward, terminated, truncated, _ = env.step(action)
+        expected, paid, *_ = same.step(action)
+        np.testing.assert_array_equal(last[0], expected[0])
+        assert reward[0] == paid[0]
+        assert terminated.tolist() == [False, t == 13, t == 13]
+        assert not truncated.any()
+    env.reset(options={"reset_mask": torch.tensor([False, True, False])})
+    obs, reward, terminated, _, _ = env.step(action)
+    assert terminated.tolist() == [False, False, True]
+    np.testing.assert_array_equal(obs[2], last[2])
+    assert reward[2] == 0
+
+
+def test_bad_masks_are_named():
+    env = PoleMass().make(2)
+    with pytest.raises(ValueError, match="first reset needs"):
+        env.reset(options={"reset_mask": np.ones(2, bool)})
+    env.reset(seed=0, options={"tasks": [{"mass": 1.0}] * 2})
+    for bad in ([True], [1, 0], np.ones((2, 1), bool)):
+        with pytest.raises(ValueError, match="reset_mask must be bool of shape"):
+            env.reset(options={"reset_mask": bad})
+
+
 def test_resets_without_fitting_tasks_are_named():
     env = PoleMass().make(2)
     with pytest.raises(ValueError, match="first reset needs"):

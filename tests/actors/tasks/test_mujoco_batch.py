@@ -62,6 +62,43 @@ def test_two_batches_in_turn_do_not_disturb_each_other():
         np.testing.assert_array_equal(alone.step(action)[0], first.step(action)[0])
 
 
+def test_a_partial_reset_draws_for_the_masked_rows_alone():
+    env, alone = started(4), started(1)
+    for _ in range(7):
+        env.step(np.full((4, 6), 0.3))
+    placed = []
+    read_start = env.read_start
+    env.read_start = lambda index: (placed.append(index), read_start(index))
+    before = env.state()
+    obs, _ = env.reset(seed=8, options={"reset_mask": np.array([False, False, True, False])})
+    expected, _ = alone.reset(seed=8)
+    assert placed == [2]
+    np.testing.assert_array_equal(obs[2], expected[0])
+    np.testing.assert_array_equal(env.state()["rng"], alone.state()["rng"])
+    np.testing.assert_array_equal(env.physics[2], alone.physics[0])
+    for index in (0, 1, 3):
+        np.testing.assert_array_equal(env.physics[index], before["physics"][index])
+    assert env.state()["steps"].tolist() == [7, 7, 0, 7]
+    for _ in range(5):
+        left, right = env.step(np.full((4, 6), 0.5)), alone.step(np.full((1, 6), 0.5))
+        np.testing.assert_array_equal(left[0][2], right[0][0])
+        np.testing.assert_array_equal(left[1][2], right[1][0])
+
+
+def test_a_bad_robot_starts_again_alone():
+    env = started(3, horizon=4)
+    env.qvel[1, 0] = 1e11
+    env.step(np.zeros((3, 6)))
+    for _ in range(3):
+        ended = env.step(np.zeros((3, 6)))[2]
+    assert ended.all()
+    env.reset(options={"reset_mask": [True, False, False]})
+    _, reward, terminated, _, _ = env.step(np.zeros((3, 6)))
+    assert terminated.tolist() == [False, True, True]
+    assert reward[0] != 0
+    assert (reward[1:] == 0).all()
+
+
 def test_packed_generators_go_on_bit_for_bit():
     rng = np.random.default_rng(7)
     rng.integers(10, dtype=np.int32)  # leaves half of a 64-bit draw behind

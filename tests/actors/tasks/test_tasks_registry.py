@@ -62,6 +62,16 @@ def test_every_name_loads():
         "ant-dir",
         "ant-vel",
         "ant-goal",
+        "hopper",
+        "half-cheetah",
+        "walker2d",
+        "ant",
+        "humanoid",
+        "delayed-hopper",
+        "delayed-half-cheetah",
+        "delayed-walker2d",
+        "delayed-ant",
+        "delayed-humanoid",
         "bandit",
         "tabular-mdp",
     ]
@@ -77,7 +87,7 @@ def test_options_reach_the_family():
 def test_unknown_name_is_answered_with_the_three_closest():
     with pytest.raises(ValueError, match="metaloop list") as caught:
         load_family("half-cheeta-dir")
-    assert "'half-cheeta-dir'; closest: half-cheetah-dir, half-cheetah-vel, ant-dir." in str(
+    assert "'half-cheeta-dir'; closest: half-cheetah-dir, half-cheetah, half-cheetah-vel." in str(
         caught.value
     )
 

@@ -1,0 +1,143 @@
+"""Advantage actor-critic (Mnih et al. 2016, arXiv 1602.01783) with V-trace (Espeholt et al. 2018).
+
+    D   = T steps of E environments under μ, the policy that acted
+    v_t = V-trace target of D for the newest θ;   Â_t = ρ_t (r_t + γ v_{t+1} − V_θ(s_t))
+    θ   ← θ − α RMSProp clip ∇θ mean[ −Â_t log π_θ(a_t|s_t) + c_v ½ (V_θ(s_t) − v_t)² − c_e H(π_θ) ]
+
+On the policy's own data ρ = 1 and v_t is the bootstrapped T-step return: plain A2C. The M members
+are replicas: independent runs, each with its own parameters and seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learners.config import A2cConfig
+from learners.core.actor_critic import POLICY, ActorCritic, decayed, part, rollout, stack, values
+from learners.core.contract import Agents, State, check_params
+from learners.core.optim import RMSProp, clip_by_norm
+from learners.core.params import detach, gradients, leaves
+from learners.core.policy import Policy
+from learners.core.returns import vtrace
+from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+
+OPTIMIZER = RMSProp(decay=0.99, eps=1e-5)
+
+
+@dataclass(frozen=True)
+class A2c:
+    """The learner; see the head of the module."""
+
+    config: A2cConfig
+    spec: Spec
+
+    @property
+    def networks(self) -> ActorCritic:
+        """Policy and value."""
+        return ActorCritic.of(self.config, self.spec)
+
+    @property
+    def policy(self) -> Policy:
+        """What acts."""
+        return self.networks.policy
+
+    @property
+    def num_inner_updates(self) -> int:
+        """0: the one batch is the update's own."""
+        return 0
+
+    @property
+    def num_evaluation_updates(self) -> int:
+        """0."""
+        return 0
+
+    @property
+    def num_stream_steps(self) -> int:
+        """T."""
+        return self.config.num_steps
+
+    def init(self, seeds: Sequence[int]) -> State:
+        """Each replica's networks from its own seed."""
+        members = [self.networks.init(torch.Generator().manual_seed(seed)) for seed in seeds]
+        params = stack(members)
+        state = {
+            "params": params,
+            "optimizer": OPTIMIZER.init(params),
+            "counters": {"num_updates": torch.zeros(1, dtype=torch.int64)},
+        }
+        normalizer = self.policy.normalizer
+        if normalizer is not None:
+            state["statistics"] = normalizer.init(len(seeds), self.spec.obs_size)
+        return state
+
+    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
+        """All replicas go on."""
+        acting = part(state["params"], POLICY) | self.statistics(state)
+        return [False] * num_members, Agents(acting, {}, 0)
+
+    def inner_update(
+        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+    ) -> Agents:
+        """There are none."""
+        raise NotImplementedError
+
+    def meta_update(
+        self,
+        state: State,
+        agents: Agents,
+        batches: Sequence[Trajectory],
+        reduce: Reduce = sum_in_order,
+    ) -> tuple[State, Metrics]:
+        """One step of every replica on its own chunk."""
+        c, (batch,) = self.config, batches
+        params = leaves(state["params"])
+        loss, metrics = self.loss(params, batch, self.statistics(state))
+        grads, norm = clip_by_norm(gradients(loss.sum(), params), c.max_grad_norm)
+        num_updates = state["counters"]["num_updates"]
+        lr = decayed(c.lr, int(num_updates), c.lr_decay_updates)
+        new, slots = OPTIMIZER.update(detach(params), grads, state["optimizer"], lr)
+        check_params(new, "params")
+        after = state | {
+            "params": new,
+            "optimizer": slots,
+            "counters": {"num_updates": num_updates + 1},
+        }
+        if self.policy.normalizer is not None:
+            after["statistics"] = self.policy.normalizer.merge(state["statistics"], batch)
+        return after, metrics | {"meta/grad_norm": float(norm.mean())}
+
+    def statistics(self, state: State) -> Params:
+        """The normalizer's entries of the acting parameters."""
+        normalizer = self.policy.normalizer
+        return {} if normalizer is None else normalizer.entries(state["statistics"])
+
+    def loss(
+        self, params: Params, batch: Trajectory, statistics: Params
+    ) -> tuple[Tensor, Metrics]:
+        """Loss of each replica [M], with gradient to `params`, and its parts."""
+        c, networks = self.config, self.networks
+        data = rollout(batch, statistics)
+        dist, value = networks(params, data.obs)
+        log_prob = dist.log_prob(data.action)
+        now, following = values(
+            lambda obs: networks.value(params, obs), data, batch, statistics
+        )
+        log_ratio = (log_prob.detach() - data.log_prob).view_as(now)
+        target, advantage = vtrace(
+            data.reward, now, following, data.ended, log_ratio, c.gamma, c.max_rho
+        )
+        policy_loss = -(advantage.flatten(1) * log_prob).mean(1)
+        value_loss = 0.5 * (value - target.flatten(1)).square().mean(1)
+        entropy = dist.entropy().mean(1)
+        loss = policy_loss + c.value_coef * value_loss - c.entropy_coef * entropy
+        return loss, {
+            "meta/loss": float(loss.mean()),
+            "meta/policy_loss": float(policy_loss.mean()),
+            "meta/value_loss": float(value_loss.mean()),
+            "meta/entropy": float(entropy.mean()),
+            "meta/ratio_mean": float(log_ratio.exp().mean()),
+        }

@@ -1,0 +1,100 @@
+"""Optimizers as values: `init` makes slots, `update` gives new parameters and new slots.
+
+Nothing is changed in place, so that an update can be differentiated: gradient flows from the new
+parameters to `params` and `grads`, through every step of the rule. Entries are stacked on M, and
+every member counts its own updates.
+
+Where a gradient is exactly zero the derivative of a root would be infinite. RMSProp therefore has
+its ε inside the root (as TensorFlow, and not as torch), and Adam takes its second moment as a
+constant by default (`stop_second_moment`), as LIRPG's own implementation does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learners.core.trajectory import Params
+
+
+@dataclass(frozen=True)
+class RMSProp:
+    """ms ← ρ ms + (1 − ρ) g²;  θ ← θ − lr · g / √(ms + ε)."""
+
+    decay: float = 0.99
+    eps: float = 1e-5
+
+    def init(self, params: Params) -> Params:
+        """ms of every entry, starting at 1 as TensorFlow's does."""
+        return {f"ms.{name}": torch.ones_like(p) for name, p in params.items()}
+
+    def update(
+        self, params: Params, grads: Params, slots: Params, lr: float | Tensor
+    ) -> tuple[Params, Params]:
+        """One step; gradient flows to `params` and `grads`, also through ms."""
+        new, kept = {}, {}
+        for name, p in params.items():
+            grad = grads[name]
+            square = torch.lerp(grad.square(), slots[f"ms.{name}"], self.decay)
+            new[name] = p - lr * grad / (square + self.eps).sqrt()
+            kept[f"ms.{name}"] = square.detach()
+        return new, kept
+
+
+@dataclass(frozen=True)
+class Adam:
+    """m ← β₁ m + (1 − β₁) g;  v ← β₂ v + (1 − β₂) g²;  θ ← θ − lr · m̂ / (√v̂ + ε).
+
+    m̂ and v̂ are m / (1 − β₁ᵗ) and v / (1 − β₂ᵗ) after t updates (Kingma and Ba 2015).
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    stop_second_moment: bool = True
+
+    def init(self, params: Params) -> Params:
+        """m and v of every entry at 0, and t of every member."""
+        zeros = {f"{s}.{name}": torch.zeros_like(p) for name, p in params.items() for s in "mv"}
+        first = next(iter(params.values()))
+        return zeros | {"t": torch.zeros(len(first), dtype=torch.int64, device=first.device)}
+
+    def update(
+        self, params: Params, grads: Params, slots: Params, lr: float | Tensor
+    ) -> tuple[Params, Params]:
+        """One step; gradient flows to `params` and `grads`, to v only if that is not stopped."""
+        t = slots["t"] + 1
+        powers = t.double()
+        scale1, scale2 = 1.0 - self.beta1**powers, 1.0 - self.beta2**powers
+        new, kept = {}, {"t": t}
+        for name, p in params.items():
+            grad = grads[name]
+            square = (grad.detach() if self.stop_second_moment else grad).square()
+            m = torch.lerp(grad, slots[f"m.{name}"], self.beta1)
+            v = torch.lerp(square, slots[f"v.{name}"], self.beta2)
+            shape = (-1, *[1] * (p.ndim - 1))
+            root = v.sqrt() / scale2.sqrt().to(p.dtype).view(shape) + self.eps
+            new[name] = p - lr * (m / scale1.to(p.dtype).view(shape)) / root
+            kept[f"m.{name}"], kept[f"v.{name}"] = m.detach(), v.detach()
+        return new, kept
+
+
+Optimizer = RMSProp | Adam
+
+
+def clip_by_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
+    """Scales each member's gradients down to a Euclidean norm over all entries, in the graph.
+
+    Returns:
+        The clipped gradients, and the norm of each member before, [M]. Gradient flows to `grads`,
+        also through the norm; it is finite where a gradient is zero.
+    """
+    squares = [g.flatten(1).square().sum(1) for g in grads.values()]
+    norm = (torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]).clamp_min(1e-24).sqrt()
+    factor = max_norm / norm.clamp_min(max_norm)
+    shaped = {
+        name: g * factor.view(-1, *[1] * (g.ndim - 1)) for name, g in grads.items()
+    }
+    return shaped, norm.detach()

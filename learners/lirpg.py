@@ -1,0 +1,412 @@
+"""Learned intrinsic rewards for policy gradient (Zheng, Oh and Singh 2018, arXiv 1804.06459).
+
+    D = T steps of E environments under π_old;  matrix W: δ ↦ GAE(γ, λ), once per rollout
+    for each of `num_epochs` passes over D, minibatch B by minibatch:
+        r  = c_ex r_ex + c_in r_in(s, a; η)                      for every step of D
+        Â  = W_B (r + γ V_mix(s') − V_mix(s)),   R = Â + V_mix           functions of η
+        g  = ∇θ L_in(θ, η),  L_in = surrogate(π_θ, Â) + c_v value loss(v_θ, R) − c_e entropy
+        θ' = θ − α step(clip(g))                                 differentiated, slots included
+        η  ← η − β step(clip(∇η [ surrogate(π_θ'(η), Â_ex) + c_vex value loss(v_ex, R_ex) ]))
+        θ  ← θ'
+
+Two groups of parameters, each with gradient from its own loss alone: π and v_mix (the value of the
+mixed return) learn from the inner loss; r_in and v_ex (the value of the extrinsic return, baseline
+of the outer surrogate) from the outer loss. The values inside W's argument, Â_ex and log π_old are
+constants of the rollout; the same batch serves the outer loss, weighted by π_θ' / π_old.
+
+The meta-gradient needs no second derivative of a network. With u = ∂L_out/∂g, through the step and
+the clipping,
+
+    ∂L_out/∂η = ∂/∂η ⟨u, ∇θ L_in(θ, η)⟩ = ∂/∂η Σ_B [ ℓ_π(η) ∂_u log π_θ + ℓ_v(η) ∂_u v_θ ],
+
+where ℓ_π, ℓ_v are the derivatives of L_in by log π_θ(a|s) and v_θ(s) of each step, and ∂_u the
+derivative along u in parameter space, which one forward pass gives.
+
+The form "ppo" clips ratios, standardises advantages inside the graph and steps with Adam, whose
+second moment is a constant in the graph; "a2c" does neither, and steps with RMSProp, differentiated
+whole. Both are the authors' choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from learners.config import LirpgConfig
+from learners.core import networks
+from learners.core.actor_critic import (
+    POLICY,
+    ActorCritic,
+    clipped_surrogate,
+    clipped_value_loss,
+    decayed,
+    minibatches,
+    part,
+    prefixed,
+    rollout,
+    stack,
+    standardise_rows,
+    take,
+    values,
+)
+from learners.core.contract import Agents, State, check_params
+from learners.core.optim import Adam, Optimizer, RMSProp, clip_by_norm
+from learners.core.params import flatten_members, unflatten_members
+from learners.core.policy import Policy
+from learners.core.returns import gae_matrix, stream_gae
+from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+
+REWARD, EXTRINSIC = "reward.", "extrinsic."
+
+METRICS_EVERY = 20
+"""Updates of the a2c form between two looks at the intrinsic reward."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rollout's constants, all steps: N = T·E."""
+
+    pair: Tensor  # [M, N, O + A], what r_in sees; observations alone where actions are discrete
+    action: Tensor  # [M, N, A] or [M, N]
+    fixed: Tensor  # [M, N], c_ex r_ex + γ V_mix(s') − V_mix(s)
+    matrix: Tensor  # [M, N, N], W
+    steps: Steps
+    like: Params  # shapes of one replica's θ
+    meta_like: Params  # shapes of one replica's η
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Constants of some steps of the rollout."""
+
+    obs: Tensor  # [M, B, O], normalized
+    action: Tensor  # [M, B, A] or [M, B]
+    log_prob: Tensor  # [M, B], of π_old
+    mixed_value: Tensor  # [M, B], V_mix
+    advantage: Tensor  # [M, B], Â_ex
+    returns: Tensor  # [M, B], R_ex
+    value: Tensor  # [M, B], V_ex
+
+    def rows(self, rows: Tensor) -> Steps:
+        """The steps of each member that `rows` [M, B] names."""
+        return Steps(*(take(tensor, rows) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Lirpg:
+    """The learner; see the head of the module."""
+
+    config: LirpgConfig
+    spec: Spec
+
+    @property
+    def networks(self) -> ActorCritic:
+        """π and v_mix."""
+        return ActorCritic.of(self.config, self.spec)
+
+    @property
+    def policy(self) -> Policy:
+        """What acts."""
+        return self.networks.policy
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Of both groups."""
+        return Adam(eps=1e-5) if self.config.form == "ppo" else RMSProp(decay=0.99, eps=1e-5)
+
+    @property
+    def clip_ratio(self) -> float | None:
+        """Half-width of PPO's interval; None in the a2c form."""
+        return self.config.clip_ratio if self.config.form == "ppo" else None
+
+    @property
+    def num_inner_updates(self) -> int:
+        """0: the one batch serves inner and outer updates."""
+        return 0
+
+    @property
+    def num_evaluation_updates(self) -> int:
+        """0."""
+        return 0
+
+    @property
+    def num_stream_steps(self) -> int:
+        """T."""
+        return self.config.num_steps
+
+    # --- The contract ---
+
+    def init(self, seeds: Sequence[int]) -> State:
+        """Each replica's four networks from its own seed."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        params = stack([self.networks.init(generator) for generator in generators])
+        meta_params = stack([self.init_intrinsic(generator) for generator in generators])
+        state = {
+            "params": params,
+            "meta_params": meta_params,
+            "optimizer": self.optimizer.init({"flat": flatten_members(params)}),
+            "meta_optimizer": self.optimizer.init({"flat": flatten_members(meta_params)}),
+            "counters": {
+                "seed": torch.tensor(seeds, dtype=torch.int64),
+                "num_updates": torch.zeros(len(seeds), dtype=torch.int64),
+            },
+        }
+        normalizer = self.policy.normalizer
+        if normalizer is not None:
+            state["statistics"] = normalizer.init(len(seeds), self.spec.obs_size)
+        return state
+
+    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
+        """All replicas go on."""
+        acting = part(state["params"], POLICY) | self.statistics(state)
+        return [False] * num_members, Agents(acting, {}, 0)
+
+    def inner_update(
+        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+    ) -> Agents:
+        """There are none beside those of `meta_update`."""
+        raise NotImplementedError
+
+    def meta_update(
+        self,
+        state: State,
+        agents: Agents,
+        batches: Sequence[Trajectory],
+        reduce: Reduce = sum_in_order,
+    ) -> tuple[State, Metrics]:
+        """All epochs of every replica on its own rollout: a step of θ and one of η each."""
+        c, (batch,) = self.config, batches
+        window = self.window(state, batch)
+        counters = state["counters"]
+        count = counters["num_updates"]
+        lr, meta_lr = (decayed(x, int(count[0]), c.lr_decay_updates) for x in (c.lr, c.meta_lr))
+        theta, eta = (flatten_members(state[group]) for group in ("params", "meta_params"))
+        slots, meta_slots = state["optimizer"], state["meta_optimizer"]
+        shuffled = minibatches(
+            counters["seed"], count, window.fixed.shape[1], c.num_epochs, c.num_minibatches
+        ).to(theta.device)
+        totals: dict[str, Tensor] = {}
+        for rows in shuffled:
+            step = self.differentiate(theta, eta, slots, lr, window, rows)
+            grads, norm = clip_by_norm({"flat": step.meta_grad}, c.max_grad_norm)
+            with torch.no_grad():
+                updated, meta_slots = self.optimizer.update(
+                    {"flat": eta}, grads, meta_slots, meta_lr
+                )
+            theta, eta, slots = step.params, updated["flat"], step.slots
+            for name, value in (step.metrics | {"meta/grad_norm": norm}).items():
+                totals[name] = totals.get(name, 0.0) + value.detach().mean()
+        after = state | {
+            "params": unflatten_members(theta, window.like),
+            "meta_params": unflatten_members(eta, window.meta_like),
+            "optimizer": slots,
+            "meta_optimizer": meta_slots,
+            "counters": counters | {"num_updates": count + 1},
+        }
+        for group in ("params", "meta_params"):
+            check_params(after[group], group)
+        if self.policy.normalizer is not None:
+            after["statistics"] = self.policy.normalizer.merge(state["statistics"], batch)
+        metrics = {name: float(total) / len(shuffled) for name, total in totals.items()}
+        if c.form == "ppo" or int(count[0]) % METRICS_EVERY == 0:
+            metrics |= self.reward_metrics(after, window, shuffled[0])
+        return after, metrics
+
+    # --- One minibatch ---
+
+    def differentiate(
+        self, theta: Tensor, eta: Tensor, slots: Params, lr: float, window: Window, rows: Tensor
+    ) -> Step:
+        """θ' of each replica, and the gradient of its outer loss by η.
+
+        Args:
+            theta: [M, P], π and v_mix.
+            eta: [M, Q], r_in and v_ex.
+            slots: of the optimizer of θ.
+            lr: α.
+            window: the rollout.
+            rows: [M, B], steps of the minibatch.
+        """
+        c, b = self.config, window.steps.rows(rows)
+        theta = theta.detach().requires_grad_()
+        eta = eta.detach().requires_grad_()
+        params, meta_params = unflatten_members(theta, window.like), unflatten_members(eta, window.meta_like)
+
+        advantage, returns = self.mixed(meta_params, window, rows, b)
+        dist, value = self.networks(params, b.obs)
+        log_prob = dist.log_prob(b.action)
+        inner = self.inner_loss(log_prob, value, b, advantage.detach(), returns.detach())
+        if c.entropy_coef > 0.0:
+            inner = inner - c.entropy_coef * dist.entropy().mean(1)
+        (grad,) = torch.autograd.grad(inner.sum(), theta)
+
+        grad = grad.detach().requires_grad_()
+        clipped, norm = clip_by_norm({"flat": grad}, c.max_grad_norm)
+        stepped, new_slots = self.optimizer.update({"flat": theta.detach()}, clipped, slots, lr)
+        surrogate = self.outer_surrogate(stepped["flat"], window.like, b)
+        (along,) = torch.autograd.grad(surrogate.sum(), grad)
+
+        with torch.no_grad():
+            log_prob_along, value_along = self.networks.tangents(
+                params, unflatten_members(along, window.like), b.obs, b.action
+            )
+        outputs = (log_prob.detach().requires_grad_(), value.detach().requires_grad_())
+        sensitivities = torch.autograd.grad(
+            self.inner_loss(*outputs, b, advantage, returns).sum(), outputs, create_graph=True
+        )
+        mixed = sensitivities[0] * log_prob_along + sensitivities[1] * value_along
+        value_loss = self.extrinsic_value_loss(meta_params, b)
+        outer = mixed.sum() + c.extrinsic_value_coef * value_loss.sum()
+        (meta_grad,) = torch.autograd.grad(outer, eta)
+        metrics = {
+            "inner/loss": inner,
+            "inner/grad_norm": norm,
+            "inner/kl": b.log_prob - log_prob,
+            "meta/loss": surrogate,
+            "meta/value_loss": value_loss,
+        }
+        return Step(stepped["flat"].detach(), new_slots, meta_grad, metrics)
+
+    def mixed(
+        self, meta_params: Params, window: Window, rows: Tensor, b: Steps
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages and returns of the mixed reward, [M, B], with gradient to r_in."""
+        intrinsic = self.intrinsic(meta_params, window.pair, window.action)
+        delta = self.config.intrinsic_coef * intrinsic + window.fixed
+        advantage = torch.bmm(take(window.matrix, rows), delta.unsqueeze(-1)).squeeze(-1)
+        returns = advantage + b.mixed_value
+        if self.config.form == "ppo":
+            advantage = standardise_rows(advantage)
+        return advantage, returns
+
+    def inner_loss(
+        self, log_prob: Tensor, value: Tensor, b: Steps, advantage: Tensor, returns: Tensor
+    ) -> Tensor:
+        """Surrogate and value loss of each replica, [M], without the entropy."""
+        surrogate = clipped_surrogate(log_prob - b.log_prob, advantage, self.clip_ratio)
+        value_loss = clipped_value_loss(value, b.mixed_value, returns, self.clip_ratio)
+        return surrogate.mean(1) + self.config.value_coef * value_loss.mean(1)
+
+    def outer_surrogate(self, theta: Tensor, like: Params, b: Steps) -> Tensor:
+        """−J^ex of each replica at θ [M, P] by the data of π_old, [M]."""
+        acting = part(unflatten_members(theta, like), POLICY)
+        dist = self.policy.read_out(acting, self.policy.features(acting, b.obs))
+        advantage = standardise_rows(b.advantage) if self.config.form == "ppo" else b.advantage
+        log_ratio = dist.log_prob(b.action) - b.log_prob
+        return clipped_surrogate(log_ratio, advantage, self.clip_ratio).mean(1)
+
+    def extrinsic_value_loss(self, meta_params: Params, b: Steps) -> Tensor:
+        """Loss of v_ex of each replica, [M]."""
+        value = self.extrinsic(meta_params, b.obs)
+        return clipped_value_loss(value, b.value, b.returns, self.clip_ratio).mean(1)
+
+    # --- Parts ---
+
+    def window(self, state: State, batch: Trajectory) -> Window:
+        """What stays the same for all minibatches of a rollout."""
+        c, statistics = self.config, self.statistics(state)
+        data = rollout(batch, statistics)
+        params, meta_params = state["params"], state["meta_params"]
+        mixed, mixed_next = values(
+            lambda obs: self.networks.value(params, obs), data, batch, statistics
+        )
+        own, own_next = values(
+            lambda obs: self.extrinsic(meta_params, obs), data, batch, statistics
+        )
+        lam = c.gae_lambda if c.form == "ppo" else 1.0
+        advantage = stream_gae(data.reward, own, own_next, data.ended, c.gamma, lam)
+        fixed = c.extrinsic_coef * data.reward + c.gamma * mixed_next - mixed
+        steps = Steps(
+            data.obs,
+            data.action,
+            data.log_prob,
+            mixed.flatten(1),
+            advantage.flatten(1),
+            (advantage + own).flatten(1),
+            own.flatten(1),
+        )
+        pair = data.obs if self.spec.discrete else torch.cat([data.obs, data.action], -1)
+        matrix = gae_matrix(data.ended, c.gamma, lam)
+        return Window(
+            pair,
+            data.action,
+            fixed.flatten(1),
+            matrix,
+            steps,
+            one_member(params),
+            one_member(meta_params),
+        )
+
+    def init_intrinsic(self, generator: torch.Generator) -> Params:
+        """η of one replica: r_in, one output per action where they are discrete, and v_ex."""
+        spec, hidden = self.spec, self.config.hidden
+        outputs = spec.action_size if spec.discrete else 1
+        if spec.image is not None:
+            reward = networks.init_cnn(spec.image, outputs, generator, 1.0)
+            value = networks.init_mlp([networks.CNN_WIDTH, 1], generator, "orthogonal")
+        else:
+            seen = spec.obs_size + (0 if spec.discrete else spec.action_size)
+            reward = networks.init_mlp([seen, *hidden, outputs], generator, "orthogonal")
+            value = networks.init_mlp([spec.obs_size, *hidden, 1], generator, "orthogonal")
+        return prefixed(reward, REWARD) | prefixed(value, EXTRINSIC)
+
+    def intrinsic(self, meta_params: Params, pair: Tensor, action: Tensor) -> Tensor:
+        """r_in in [−1, 1] of every step, [M, N]."""
+        params = part(meta_params, REWARD)
+        outputs = networks.head(params, self.policy.features(params, pair))
+        if not self.spec.discrete:
+            return outputs.squeeze(-1).tanh()
+        return outputs.gather(-1, action.unsqueeze(-1)).squeeze(-1).tanh()
+
+    def extrinsic(self, meta_params: Params, obs: Tensor) -> Tensor:
+        """v_ex, [M, N]; a head on r_in's trunk where observations are pixels."""
+        if self.spec.image is not None:
+            obs = self.policy.features(part(meta_params, REWARD), obs)
+        return networks.mlp(part(meta_params, EXTRINSIC), obs, self.networks.trunk).squeeze(-1)
+
+    def statistics(self, state: State) -> Params:
+        """The normalizer's entries of the acting parameters."""
+        normalizer = self.policy.normalizer
+        return {} if normalizer is None else normalizer.entries(state["statistics"])
+
+    def reward_metrics(self, state: State, window: Window, rows: Tensor) -> Metrics:
+        """What r_in says, and how its policy gradient lies to the extrinsic one's."""
+        params, meta_params = state["params"], state["meta_params"]
+        with torch.no_grad():
+            reward = self.intrinsic(meta_params, window.pair, window.action)
+            own = torch.bmm(take(window.matrix, rows), reward.unsqueeze(-1)).squeeze(-1)
+        b = window.steps.rows(rows)
+        acting = part(params, POLICY)
+        leaf = flatten_members(acting).requires_grad_()
+        entries = unflatten_members(leaf, one_member(acting))
+        log_prob = self.policy.distribution(entries, b.obs).log_prob(b.action)
+        grads = [
+            torch.autograd.grad(
+                (standardise_rows(advantage) * log_prob).sum(), leaf, retain_graph=True
+            )[0]
+            for advantage in (own, b.advantage)
+        ]
+        return {
+            "lirpg/intrinsic_reward_mean": float(reward.mean()),
+            "lirpg/intrinsic_reward_std": float(reward.std(1).mean()),
+            "lirpg/gradient_cosine": float(functional.cosine_similarity(*grads, dim=1).mean()),
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one minibatch brought."""
+
+    params: Tensor  # [M, P], θ'
+    slots: Params
+    meta_grad: Tensor  # [M, Q], of the outer loss by η
+    metrics: dict[str, Tensor]
+
+
+def one_member(params: Params) -> Params:
+    """The shapes of one member's entries."""
+    return {name: p[0] for name, p in params.items()}

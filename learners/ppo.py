@@ -1,0 +1,200 @@
+"""Proximal policy optimization (Schulman et al. 2017, arXiv 1707.06347).
+
+    D     = T steps of E environments under π_old;   Â = GAE(γ, λ) over V_old;   R = Â + V_old
+    for each of `num_epochs` passes over D, minibatch by minibatch:
+        r = π_θ(a|s) / π_old(a|s),  Â standardised over the minibatch
+        L = mean[ −min(r Â, clip(r, 1 ± ε) Â) ]                                      (eq. 7)
+            + c_v mean[ ½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²) ] − c_e mean H(π_θ)
+        θ ← θ − α Adam clip ∇θ L
+
+The clipped value loss and the standardised advantages are those of the method's first public
+implementation. The M members are replicas: independent runs, each with its own parameters and seed.
+`reward_bonus` is added to what is learned from: the constant bonus that is compared with learned
+rewards (Zheng, Oh and Singh 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from learners.config import PpoConfig
+from learners.core.actor_critic import (
+    POLICY,
+    ActorCritic,
+    clipped_surrogate,
+    clipped_value_loss,
+    decayed,
+    minibatches,
+    part,
+    rollout,
+    stack,
+    standardise_rows,
+    take,
+    values,
+)
+from learners.core.contract import Agents, State, check_params
+from learners.core.optim import Adam, clip_by_norm
+from learners.core.params import flatten_members, leaves, unflatten_members
+from learners.core.policy import Policy
+from learners.core.returns import stream_gae
+from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+
+OPTIMIZER = Adam(eps=1e-5)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """B steps of each replica."""
+
+    obs: Tensor  # [M, B, O], normalized
+    action: Tensor  # [M, B, A] or [M, B]
+    log_prob: Tensor  # [M, B], of the policy that acted
+    advantage: Tensor  # [M, B], standardised
+    returns: Tensor  # [M, B]
+    value: Tensor  # [M, B], V_old
+
+
+@dataclass(frozen=True)
+class Ppo:
+    """The learner; see the head of the module."""
+
+    config: PpoConfig
+    spec: Spec
+
+    @property
+    def networks(self) -> ActorCritic:
+        """Policy and value."""
+        return ActorCritic.of(self.config, self.spec)
+
+    @property
+    def policy(self) -> Policy:
+        """What acts."""
+        return self.networks.policy
+
+    @property
+    def num_inner_updates(self) -> int:
+        """0: the one batch is the update's own."""
+        return 0
+
+    @property
+    def num_evaluation_updates(self) -> int:
+        """0."""
+        return 0
+
+    @property
+    def num_stream_steps(self) -> int:
+        """T."""
+        return self.config.num_steps
+
+    def init(self, seeds: Sequence[int]) -> State:
+        """Each replica's networks from its own seed."""
+        members = [self.networks.init(torch.Generator().manual_seed(seed)) for seed in seeds]
+        params = stack(members)
+        state = {
+            "params": params,
+            "optimizer": OPTIMIZER.init({"flat": flatten_members(params)}),
+            "counters": {
+                "seed": torch.tensor(seeds, dtype=torch.int64),
+                "num_updates": torch.zeros(len(seeds), dtype=torch.int64),
+            },
+        }
+        normalizer = self.policy.normalizer
+        if normalizer is not None:
+            state["statistics"] = normalizer.init(len(seeds), self.spec.obs_size)
+        return state
+
+    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
+        """All replicas go on."""
+        acting = part(state["params"], POLICY) | self.statistics(state)
+        return [False] * num_members, Agents(acting, {}, 0)
+
+    def inner_update(
+        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+    ) -> Agents:
+        """There are none."""
+        raise NotImplementedError
+
+    def meta_update(
+        self,
+        state: State,
+        agents: Agents,
+        batches: Sequence[Trajectory],
+        reduce: Reduce = sum_in_order,
+    ) -> tuple[State, Metrics]:
+        """All epochs of every replica on its own rollout."""
+        c, (batch,) = self.config, batches
+        params, statistics, counters = state["params"], self.statistics(state), state["counters"]
+        data = rollout(batch, statistics)
+        now, following = values(
+            lambda obs: self.networks.value(params, obs), data, batch, statistics
+        )
+        reward = data.reward + c.reward_bonus
+        advantage = stream_gae(reward, now, following, data.ended, c.gamma, c.gae_lambda)
+        whole = Minibatch(
+            data.obs,
+            data.action,
+            data.log_prob,
+            advantage.flatten(1),
+            (advantage + now).flatten(1),
+            now.flatten(1),
+        )
+        like = {name: p[0] for name, p in params.items()}
+        theta = {"flat": flatten_members(params)}
+        slots, count = state["optimizer"], counters["num_updates"]
+        lr = decayed(c.lr, int(count[0]), c.lr_decay_updates)
+        totals: Metrics = {}
+        shuffled = minibatches(
+            counters["seed"], count, data.obs.shape[1], c.num_epochs, c.num_minibatches
+        )
+        for rows in shuffled.to(data.obs.device):
+            theta = leaves(theta)
+            loss, parts = self.loss(unflatten_members(theta["flat"], like), select(whole, rows))
+            (grad,) = torch.autograd.grad(loss.sum(), [theta["flat"]])
+            grads, norm = clip_by_norm({"flat": grad}, c.max_grad_norm)
+            with torch.no_grad():
+                theta, slots = OPTIMIZER.update(theta, grads, slots, lr)
+            for name, value in (parts | {"meta/grad_norm": norm}).items():
+                totals[name] = totals.get(name, 0.0) + value.detach().mean()  # type: ignore[assignment]
+        new = unflatten_members(theta["flat"], like)
+        check_params(new, "params")
+        after = state | {
+            "params": new,
+            "optimizer": slots,
+            "counters": counters | {"num_updates": count + 1},
+        }
+        if self.policy.normalizer is not None:
+            after["statistics"] = self.policy.normalizer.merge(state["statistics"], batch)
+        return after, {name: float(total) / len(shuffled) for name, total in totals.items()}
+
+    def statistics(self, state: State) -> Params:
+        """The normalizer's entries of the acting parameters."""
+        normalizer = self.policy.normalizer
+        return {} if normalizer is None else normalizer.entries(state["statistics"])
+
+    def loss(self, params: Params, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each replica on its minibatch [M], with gradient to `params`, and its parts."""
+        c, b = self.config, batch
+        dist, value = self.networks(params, b.obs)
+        log_prob = dist.log_prob(b.action)
+        policy_loss = clipped_surrogate(log_prob - b.log_prob, b.advantage, c.clip_ratio).mean(1)
+        value_loss = clipped_value_loss(value, b.value, b.returns, c.clip_ratio).mean(1)
+        loss = policy_loss + c.value_coef * value_loss
+        if c.entropy_coef > 0.0:
+            loss = loss - c.entropy_coef * dist.entropy().mean(1)
+        parts = {
+            "meta/loss": loss,
+            "meta/policy_loss": policy_loss,
+            "meta/value_loss": value_loss,
+            "meta/kl": (b.log_prob - log_prob).mean(1),
+        }
+        return loss, parts
+
+
+def select(whole: Minibatch, rows: Tensor) -> Minibatch:
+    """The minibatch of these rows, its advantages standardised."""
+    chosen = Minibatch(*(take(tensor, rows) for tensor in vars(whole).values()))
+    return replace(chosen, advantage=standardise_rows(chosen.advantage))
