@@ -115,17 +115,13 @@ class A2c:
         normalizer = self.policy.normalizer
         return {} if normalizer is None else normalizer.entries(state["statistics"])
 
-    def loss(
-        self, params: Params, batch: Trajectory, statistics: Params
-    ) -> tuple[Tensor, Metrics]:
+    def loss(self, params: Params, batch: Trajectory, statistics: Params) -> tuple[Tensor, Metrics]:
         """Loss of each replica [M], with gradient to `params`, and its parts."""
         c, networks = self.config, self.networks
         data = rollout(batch, statistics)
         dist, value = networks(params, data.obs)
         log_prob = dist.log_prob(data.action)
-        now, following = values(
-            lambda obs: networks.value(params, obs), data, batch, statistics
-        )
+        now, following = values(lambda obs: networks.value(params, obs), data, batch, statistics)
         log_ratio = (log_prob.detach() - data.log_prob).view_as(now)
         target, advantage = vtrace(
             data.reward, now, following, data.ended, log_ratio, c.gamma, c.max_rho

@@ -50,7 +50,9 @@ from learners.core.actor_critic import (
     rollout,
     stack,
     standardise_rows,
+    surrogate_slope,
     take,
+    value_loss_slope,
     values,
 )
 from learners.core.contract import Agents, State, check_params
@@ -94,6 +96,10 @@ class Steps:
     def rows(self, rows: Tensor) -> Steps:
         """The steps of each member that `rows` [M, B] names."""
         return Steps(*(take(tensor, rows) for tensor in vars(self).values()))
+
+    def part(self, start: int, size: int) -> Steps:
+        """`size` steps from `start` on, as views."""
+        return Steps(*(tensor.narrow(1, start, size) for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -189,17 +195,20 @@ class Lirpg:
         shuffled = minibatches(
             counters["seed"], count, window.fixed.shape[1], c.num_epochs, c.num_minibatches
         ).to(theta.device)
-        totals: dict[str, Tensor] = {}
-        for rows in shuffled:
-            step = self.differentiate(theta, eta, slots, lr, window, rows)
-            grads, norm = clip_by_norm({"flat": step.meta_grad}, c.max_grad_norm)
-            with torch.no_grad():
-                updated, meta_slots = self.optimizer.update(
-                    {"flat": eta}, grads, meta_slots, meta_lr
-                )
-            theta, eta, slots = step.params, updated["flat"], step.slots
-            for name, value in (step.metrics | {"meta/grad_norm": norm}).items():
-                totals[name] = totals.get(name, 0.0) + value.detach().mean()
+        totals: Metrics = {}
+        for epoch in shuffled.unflatten(0, (c.num_epochs, -1)):
+            steps = window.steps.rows(epoch.swapaxes(0, 1).flatten(1))
+            for number, rows in enumerate(epoch):
+                batch_steps = steps.part(number * rows.shape[1], rows.shape[1])
+                step = self.differentiate(theta, eta, slots, lr, window, rows, batch_steps)
+                grads, norm = clip_by_norm({"flat": step.meta_grad}, c.max_grad_norm)
+                with torch.no_grad():
+                    updated, meta_slots = self.optimizer.update(
+                        {"flat": eta}, grads, meta_slots, meta_lr
+                    )
+                theta, eta, slots = step.params, updated["flat"], step.slots
+            for name, value in (step.metrics() | {"meta/grad_norm": norm}).items():
+                totals[name] = totals.get(name, 0.0) + float(value.mean()) / c.num_epochs
         after = state | {
             "params": unflatten_members(theta, window.like),
             "meta_params": unflatten_members(eta, window.meta_like),
@@ -211,7 +220,7 @@ class Lirpg:
             check_params(after[group], group)
         if self.policy.normalizer is not None:
             after["statistics"] = self.policy.normalizer.merge(state["statistics"], batch)
-        metrics = {name: float(total) / len(shuffled) for name, total in totals.items()}
+        metrics = totals
         if c.form == "ppo" or int(count[0]) % METRICS_EVERY == 0:
             metrics |= self.reward_metrics(after, window, shuffled[0])
         return after, metrics
@@ -219,7 +228,14 @@ class Lirpg:
     # --- One minibatch ---
 
     def differentiate(
-        self, theta: Tensor, eta: Tensor, slots: Params, lr: float, window: Window, rows: Tensor
+        self,
+        theta: Tensor,
+        eta: Tensor,
+        slots: Params,
+        lr: float,
+        window: Window,
+        rows: Tensor,
+        b: Steps,
     ) -> Step:
         """θ' of each replica, and the gradient of its outer loss by η.
 
@@ -230,46 +246,62 @@ class Lirpg:
             lr: α.
             window: the rollout.
             rows: [M, B], steps of the minibatch.
+            b: these steps.
         """
-        c, b = self.config, window.steps.rows(rows)
+        c, clip, size = self.config, self.clip_ratio, rows.shape[1]
         theta = theta.detach().requires_grad_()
         eta = eta.detach().requires_grad_()
-        params, meta_params = unflatten_members(theta, window.like), unflatten_members(eta, window.meta_like)
-
+        params = unflatten_members(theta, window.like)
+        meta_params = unflatten_members(eta, window.meta_like)
         advantage, returns = self.mixed(meta_params, window, rows, b)
+
+        # g = ∇θ L_in, by the derivatives ℓ_π and ℓ_v of L_in at each step.
         dist, value = self.networks(params, b.obs)
         log_prob = dist.log_prob(b.action)
-        inner = self.inner_loss(log_prob, value, b, advantage.detach(), returns.detach())
+        with torch.no_grad():
+            slope = surrogate_slope(log_prob - b.log_prob, advantage, clip) / size
+            value_slope, by_return = value_loss_slope(value, b.mixed_value, returns, clip)
+        outputs, seeds = [log_prob, value], [slope * advantage.detach(), value_slope]
+        seeds[1] = value_slope * (c.value_coef / size)
         if c.entropy_coef > 0.0:
-            inner = inner - c.entropy_coef * dist.entropy().mean(1)
-        (grad,) = torch.autograd.grad(inner.sum(), theta)
+            outputs.append(dist.entropy().mean(1))
+            seeds.append(torch.full_like(outputs[-1], -c.entropy_coef))
+        (grad,) = torch.autograd.grad(outputs, theta, seeds)
 
-        grad = grad.detach().requires_grad_()
+        # θ', and u = ∂L_out/∂g.
+        grad.requires_grad_()
         clipped, norm = clip_by_norm({"flat": grad}, c.max_grad_norm)
         stepped, new_slots = self.optimizer.update({"flat": theta.detach()}, clipped, slots, lr)
-        surrogate = self.outer_surrogate(stepped["flat"], window.like, b)
-        (along,) = torch.autograd.grad(surrogate.sum(), grad)
+        log_ratio = self.log_ratio(stepped["flat"], window.like, b)
+        target = self.extrinsic_advantage(b)
+        with torch.no_grad():
+            outer_slope = surrogate_slope(log_ratio, target, clip) * target / size
+        (along,) = torch.autograd.grad(log_ratio, grad, outer_slope)
 
+        # ∂/∂η ⟨u, g⟩, where ℓ_π is linear in the advantage and ℓ_v in the return.
         with torch.no_grad():
             log_prob_along, value_along = self.networks.tangents(
                 params, unflatten_members(along, window.like), b.obs, b.action
             )
-        outputs = (log_prob.detach().requires_grad_(), value.detach().requires_grad_())
-        sensitivities = torch.autograd.grad(
-            self.inner_loss(*outputs, b, advantage, returns).sum(), outputs, create_graph=True
-        )
-        mixed = sensitivities[0] * log_prob_along + sensitivities[1] * value_along
+            by_advantage = slope * log_prob_along
+            by_return = by_return * value_along * (c.value_coef / size)
         value_loss = self.extrinsic_value_loss(meta_params, b)
-        outer = mixed.sum() + c.extrinsic_value_coef * value_loss.sum()
-        (meta_grad,) = torch.autograd.grad(outer, eta)
-        metrics = {
-            "inner/loss": inner,
-            "inner/grad_norm": norm,
-            "inner/kl": b.log_prob - log_prob,
-            "meta/loss": surrogate,
-            "meta/value_loss": value_loss,
-        }
-        return Step(stepped["flat"].detach(), new_slots, meta_grad, metrics)
+        (meta_grad,) = torch.autograd.grad(
+            [advantage, returns, value_loss],
+            eta,
+            [by_advantage, by_return, torch.full_like(value_loss, c.extrinsic_value_coef)],
+        )
+        return Step(
+            stepped["flat"].detach(),
+            {name: slot.detach() for name, slot in new_slots.items()},
+            meta_grad,
+            norm,
+            log_prob.detach() - b.log_prob,
+            log_ratio.detach(),
+            target,
+            value_loss.detach(),
+            clip,
+        )
 
     def mixed(
         self, meta_params: Params, window: Window, rows: Tensor, b: Steps
@@ -277,27 +309,21 @@ class Lirpg:
         """Advantages and returns of the mixed reward, [M, B], with gradient to r_in."""
         intrinsic = self.intrinsic(meta_params, window.pair, window.action)
         delta = self.config.intrinsic_coef * intrinsic + window.fixed
-        advantage = torch.bmm(take(window.matrix, rows), delta.unsqueeze(-1)).squeeze(-1)
+        advantage = advantages_of(delta, window, rows)
         returns = advantage + b.mixed_value
         if self.config.form == "ppo":
             advantage = standardise_rows(advantage)
         return advantage, returns
 
-    def inner_loss(
-        self, log_prob: Tensor, value: Tensor, b: Steps, advantage: Tensor, returns: Tensor
-    ) -> Tensor:
-        """Surrogate and value loss of each replica, [M], without the entropy."""
-        surrogate = clipped_surrogate(log_prob - b.log_prob, advantage, self.clip_ratio)
-        value_loss = clipped_value_loss(value, b.mixed_value, returns, self.clip_ratio)
-        return surrogate.mean(1) + self.config.value_coef * value_loss.mean(1)
-
-    def outer_surrogate(self, theta: Tensor, like: Params, b: Steps) -> Tensor:
-        """−J^ex of each replica at θ [M, P] by the data of π_old, [M]."""
+    def log_ratio(self, theta: Tensor, like: Params, b: Steps) -> Tensor:
+        """Log π_θ − log π_old of each step, [M, B], with gradient to θ [M, P]."""
         acting = part(unflatten_members(theta, like), POLICY)
         dist = self.policy.read_out(acting, self.policy.features(acting, b.obs))
-        advantage = standardise_rows(b.advantage) if self.config.form == "ppo" else b.advantage
-        log_ratio = dist.log_prob(b.action) - b.log_prob
-        return clipped_surrogate(log_ratio, advantage, self.clip_ratio).mean(1)
+        return dist.log_prob(b.action) - b.log_prob
+
+    def extrinsic_advantage(self, b: Steps) -> Tensor:
+        """Â_ex as the outer surrogate has it, [M, B]."""
+        return standardise_rows(b.advantage) if self.config.form == "ppo" else b.advantage
 
     def extrinsic_value_loss(self, meta_params: Params, b: Steps) -> Tensor:
         """Loss of v_ex of each replica, [M]."""
@@ -359,8 +385,8 @@ class Lirpg:
         params = part(meta_params, REWARD)
         outputs = networks.head(params, self.policy.features(params, pair))
         if not self.spec.discrete:
-            return outputs.squeeze(-1).tanh()
-        return outputs.gather(-1, action.unsqueeze(-1)).squeeze(-1).tanh()
+            return networks.tanh(outputs.squeeze(-1))
+        return networks.tanh(outputs.gather(-1, action.unsqueeze(-1)).squeeze(-1))
 
     def extrinsic(self, meta_params: Params, obs: Tensor) -> Tensor:
         """v_ex, [M, N]; a head on r_in's trunk where observations are pixels."""
@@ -378,7 +404,7 @@ class Lirpg:
         params, meta_params = state["params"], state["meta_params"]
         with torch.no_grad():
             reward = self.intrinsic(meta_params, window.pair, window.action)
-            own = torch.bmm(take(window.matrix, rows), reward.unsqueeze(-1)).squeeze(-1)
+            own = advantages_of(reward, window, rows)
         b = window.steps.rows(rows)
         acting = part(params, POLICY)
         leaf = flatten_members(acting).requires_grad_()
@@ -404,7 +430,26 @@ class Step:
     params: Tensor  # [M, P], θ'
     slots: Params
     meta_grad: Tensor  # [M, Q], of the outer loss by η
-    metrics: dict[str, Tensor]
+    norm: Tensor  # [M], of g before clipping
+    moved: Tensor  # [M, B], log π_θ − log π_old
+    moved_after: Tensor  # [M, B], log π_θ' − log π_old
+    advantage: Tensor  # [M, B], of the outer surrogate
+    value_loss: Tensor  # [M], of v_ex
+    clip: float | None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Losses and sizes, each with members first."""
+        return {
+            "inner/grad_norm": self.norm,
+            "inner/kl": -self.moved,
+            "meta/loss": clipped_surrogate(self.moved_after, self.advantage, self.clip),
+            "meta/value_loss": self.value_loss,
+        }
+
+
+def advantages_of(delta: Tensor, window: Window, rows: Tensor) -> Tensor:
+    """W_B δ, [M, N] → [M, B]: a product with a row, which is faster than one with a column."""
+    return torch.bmm(delta.unsqueeze(1), take(window.matrix, rows).mT).squeeze(1)
 
 
 def one_member(params: Params) -> Params:

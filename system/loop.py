@@ -27,12 +27,11 @@ from actors.family import Task, TaskFamily
 from actors.rollout import Carry, Receipt, Request, Slot, make_slots
 from learners.core.trajectory import Metrics
 from system.ahead import Ahead
-from system.backend import Arrival, Backend
+from system.backend import Backend
 from system.config import RunConfig
 from system.learner_host import Failure, Outcome
 from system.seeds import Stream, make_rng, make_seeds
 from system.statistics import mean_ci
-
 
 RECENT = 100
 """Episodes of each replica over which a stream's return is averaged."""
@@ -162,9 +161,7 @@ class Loop:
         config = self.config
         slots = self.slots(config.num_members, config.num_envs)
         if self.ahead is None:
-            renew, version = self.backend.learner(
-                "begin", config.num_members, member_ranges(slots)
-            )
+            renew, version = self.backend.learner("begin", config.num_members, member_ranges(slots))
             self.resample(renew, iteration)
 
             def request(slot: Slot, number: int) -> Request:

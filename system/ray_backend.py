@@ -65,9 +65,7 @@ class RolloutActor:
         self.published: Published | None = None
 
     @ray.method(num_returns=3)
-    def collect(
-        self, request: Request, carry: Carry | None
-    ) -> tuple[Chunk, Receipt, Carry | None]:
+    def collect(self, request: Request, carry: Carry | None) -> tuple[Chunk, Receipt, Carry | None]:
         """A chunk, its receipt and its carry, under exactly the version asked for."""
         published = self.pull(request.version)
         # Read without a copy from the node's store.

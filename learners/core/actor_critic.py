@@ -195,6 +195,15 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float | None) 
     return torch.maximum(-ratio * advantage, -ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
 
 
+def surrogate_slope(log_ratio: Tensor, advantage: Tensor, clip: float | None) -> Tensor:
+    """Derivative of `clipped_surrogate` by log_ratio, divided by Â: −r, or 0 where clipped."""
+    ratio = log_ratio.exp()
+    if clip is None:
+        return -ratio
+    free = torch.where(advantage > 0, ratio <= 1.0 + clip, ratio >= 1.0 - clip)
+    return -ratio * free
+
+
 def clipped_value_loss(value: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """½ max((V − R)², (V_old + clip(V − V_old, ±clip) − R)²); ½ (V − R)² where `clip` is None."""
     plain = (value - returns).square()
@@ -202,3 +211,20 @@ def clipped_value_loss(value: Tensor, old: Tensor, returns: Tensor, clip: float 
         return 0.5 * plain
     near = old + (value - old).clamp(-clip, clip)
     return 0.5 * torch.maximum(plain, (near - returns).square())
+
+
+def value_loss_slope(
+    value: Tensor, old: Tensor, returns: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Derivative of `clipped_value_loss` by V, and of that derivative by R: −1, or 0 where clipped.
+
+    The first is linear in R, but for the choice of the larger of two squares.
+    """
+    plain = value - returns
+    if clip is None:
+        return plain, -torch.ones_like(plain)
+    moved = value - old
+    near = moved.clamp(-clip, clip) - moved + plain
+    # Where the clipped square is the larger one the loss does not depend on V, unless they agree.
+    free = plain.abs() >= near.abs()
+    return plain * free, -free.to(plain.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,41 @@ from torch.nn import functional
 
 from learners.core.trajectory import Params
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": torch.relu}
+
+class Tanh(torch.autograd.Function):
+    """tanh x = 2 σ(2x) − 1, to within 1e-7: torch computes σ several times faster on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The value; gradient flows to `x`, as often as wanted."""
+        y = torch.sigmoid(x + x).mul_(2.0).sub_(1.0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """Grad · (1 − y²)."""
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(grad, y)  # type: ignore[no-any-return]
+
+
+FAST_TANH_SIZE = 2**15
+"""Entries of one member from which `Tanh` is faster in spite of what a call costs."""
+
+
+def tanh(x: Tensor) -> Tensor:
+    """The hyperbolic tangent of [M, …], as `Tanh` where each member has many entries.
+
+    torch's own in float64 and on other devices than a CPU.
+    """
+    small = x.numel() < FAST_TANH_SIZE * len(x)
+    if small or x.device.type != "cpu" or x.dtype != torch.float32:
+        return torch.tanh(x)
+    result: Tensor = Tanh.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": tanh, "relu": torch.relu}
 
 Init = Literal["xavier", "orthogonal"]
 
@@ -102,7 +136,11 @@ def features(params: Params, inputs: Tensor, activation: str) -> Tensor:
 def head(params: Params, hidden: Tensor) -> Tensor:
     """The last layer, [M, N, width] → [M, N, out]."""
     last = f"layer{num_layers(params) - 1}"
-    return torch.baddbmm(params[f"{last}.bias"].unsqueeze(1), hidden, params[f"{last}.weight"])
+    weight, bias = params[f"{last}.weight"], params[f"{last}.bias"]
+    if weight.shape[-1] == 1:
+        # Several times faster than a product with a column.
+        return (hidden * weight.mT).sum(-1, keepdim=True) + bias.unsqueeze(1)
+    return torch.baddbmm(bias.unsqueeze(1), hidden, weight)
 
 
 def num_layers(params: Params) -> int:

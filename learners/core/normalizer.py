@@ -66,7 +66,9 @@ class Normalizer:
         if self.obs:
             new |= merged(state, "obs", trajectory.obs.flatten(1, 2), valid)
         if self.reward:
-            new |= merged(state, "return", trajectory.discounted_return.flatten(1)[..., None], valid)
+            new |= merged(
+                state, "return", trajectory.discounted_return.flatten(1)[..., None], valid
+            )
         return new
 
 

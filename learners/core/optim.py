@@ -27,7 +27,7 @@ class RMSProp:
     eps: float = 1e-5
 
     def init(self, params: Params) -> Params:
-        """ms of every entry, starting at 1 as TensorFlow's does."""
+        """Ms of every entry, starting at 1 as TensorFlow's does."""
         return {f"ms.{name}": torch.ones_like(p) for name, p in params.items()}
 
     def update(
@@ -56,7 +56,7 @@ class Adam:
     stop_second_moment: bool = True
 
     def init(self, params: Params) -> Params:
-        """m and v of every entry at 0, and t of every member."""
+        """M and v of every entry at 0, and t of every member."""
         zeros = {f"{s}.{name}": torch.zeros_like(p) for name, p in params.items() for s in "mv"}
         first = next(iter(params.values()))
         return zeros | {"t": torch.zeros(len(first), dtype=torch.int64, device=first.device)}
@@ -94,7 +94,5 @@ def clip_by_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
     squares = [g.flatten(1).square().sum(1) for g in grads.values()]
     norm = (torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]).clamp_min(1e-24).sqrt()
     factor = max_norm / norm.clamp_min(max_norm)
-    shaped = {
-        name: g * factor.view(-1, *[1] * (g.ndim - 1)) for name, g in grads.items()
-    }
+    shaped = {name: g * factor.view(-1, *[1] * (g.ndim - 1)) for name, g in grads.items()}
     return shaped, norm.detach()
