@@ -247,7 +247,7 @@ def roll_out(
         raw_reward = stepped[4].get("raw_reward", reward)
         over = (terminated | truncated) & ~ended
         game_over = over & stepped[4].get("game_over", over)
-        running_return += raw_reward * ~ended
+        running_return += np.where(ended, 0.0, raw_reward)
         lengths += ~ended
         if request.keep_data:
             out["obs"][t], out["action"][t] = obs, action
@@ -259,19 +259,16 @@ def roll_out(
         if ended.any():
             blank(out, t, ended)
             next_obs = np.where(ended[:, None], obs, next_obs)
+        if request.stream and truncated.any():
+            out["final_obs"][t][truncated] = next_obs[truncated]
+        # Whole episodes: a life lost is not the end of what is reported, and the game goes on.
+        again = over if request.stream else over & ~game_over
         obs = next_obs
-        if request.stream and over.any():
-            if truncated.any():
-                out["final_obs"][t][truncated] = obs[truncated]
-            obs = np.asarray(env.reset(options={"reset_mask": over})[0])
-        elif over.any():
-            # A life lost is not the end of what is reported: the game goes on.
-            lost = over & ~game_over
-            if lost.any():
-                obs = np.asarray(env.reset(options={"reset_mask": lost})[0])
-            ended |= game_over
-            if ended.all():
-                break
+        if again.any():
+            obs = np.asarray(env.reset(options={"reset_mask": again})[0])
+        ended |= game_over & (not request.stream)
+        if ended.all():
+            break
     discounted, pending = shape_rewards(out, policy, params, request, carry)
     stop = Carry(
         env=env.state() if request.stream and hasattr(env, "state") else {},
@@ -321,7 +318,7 @@ def note_ends(
 ) -> None:
     """Writes return and length of the episodes that step t ended, and begins to count anew."""
     out["episode_end"][t] = over
-    out["episode_return"][t] = running_return * over
+    out["episode_return"][t] = np.where(over, running_return, 0.0)
     out["episode_length"][t] = lengths * over
     running_return[over] = 0.0
     lengths[over] = 0

@@ -130,10 +130,11 @@ class A2c:
         value_loss = 0.5 * (value - target.flatten(1)).square().mean(1)
         entropy = dist.entropy().mean(1)
         loss = policy_loss + c.value_coef * value_loss - c.entropy_coef * entropy
-        return loss, {
-            "meta/loss": float(loss.mean()),
-            "meta/policy_loss": float(policy_loss.mean()),
-            "meta/value_loss": float(value_loss.mean()),
-            "meta/entropy": float(entropy.mean()),
-            "meta/ratio_mean": float(log_ratio.exp().mean()),
+        parts = {
+            "meta/loss": loss,
+            "meta/policy_loss": policy_loss,
+            "meta/value_loss": value_loss,
+            "meta/entropy": entropy,
+            "meta/ratio_mean": log_ratio.exp(),
         }
+        return loss, {name: float(value.detach().mean()) for name, value in parts.items()}

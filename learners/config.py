@@ -110,8 +110,10 @@ class ActorCriticSettings:
         for name in ("lr", "max_grad_norm", "init_std"):
             check_positive(name, getattr(self, name))
         check_number("gamma", self.gamma, 0.0, 1.0)
-        for name in ("value_coef", "entropy_coef", "lr_decay_updates"):
+        for name in ("value_coef", "entropy_coef"):
             check_number(name, getattr(self, name), 0.0, sys.float_info.max)
+        if self.lr_decay_updates != 0:
+            check_whole("lr_decay_updates", self.lr_decay_updates)
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation must be one of {ACTIVATIONS}, not {self.activation!r}")
 

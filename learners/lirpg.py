@@ -60,6 +60,7 @@ from learners.core.optim import Adam, Optimizer, RMSProp, clip_by_norm
 from learners.core.params import flatten_members, unflatten_members
 from learners.core.policy import Policy
 from learners.core.returns import gae_matrix, stream_gae
+from learners.core.reward_description import describe_reward
 from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
 
 REWARD, EXTRINSIC = "reward.", "extrinsic."
@@ -196,7 +197,7 @@ class Lirpg:
             counters["seed"], count, window.fixed.shape[1], c.num_epochs, c.num_minibatches
         ).to(theta.device)
         totals: Metrics = {}
-        for epoch in shuffled.unflatten(0, (c.num_epochs, -1)):
+        for epoch in shuffled.view(c.num_epochs, c.num_minibatches, *shuffled.shape[1:]):
             steps = window.steps.rows(epoch.swapaxes(0, 1).flatten(1))
             for number, rows in enumerate(epoch):
                 batch_steps = steps.part(number * rows.shape[1], rows.shape[1])
@@ -224,6 +225,17 @@ class Lirpg:
         if c.form == "ppo" or int(count[0]) % METRICS_EVERY == 0:
             metrics |= self.reward_metrics(after, window, shuffled[0])
         return after, metrics
+
+    def describe(self, state: State, batch: Trajectory) -> dict[str, Tensor]:
+        """What r_in of the first replica says of its rollout; see `reward_description`."""
+        statistics = first_member(self.statistics(state))
+        meta_params = first_member(state["meta_params"])
+
+        def reward(obs: Tensor, action: Tensor) -> Tensor:
+            pair = self.pair(obs, action).unsqueeze(0)
+            return self.intrinsic(meta_params, pair, action.unsqueeze(0)).squeeze(0)
+
+        return describe_reward(self.spec, reward, batch.members(0, 1), statistics)
 
     # --- One minibatch ---
 
@@ -355,10 +367,9 @@ class Lirpg:
             (advantage + own).flatten(1),
             own.flatten(1),
         )
-        pair = data.obs if self.spec.discrete else torch.cat([data.obs, data.action], -1)
         matrix = gae_matrix(data.ended, c.gamma, lam)
         return Window(
-            pair,
+            self.pair(data.obs, data.action),
             data.action,
             fixed.flatten(1),
             matrix,
@@ -379,6 +390,10 @@ class Lirpg:
             reward = networks.init_mlp([seen, *hidden, outputs], generator, "orthogonal")
             value = networks.init_mlp([spec.obs_size, *hidden, 1], generator, "orthogonal")
         return prefixed(reward, REWARD) | prefixed(value, EXTRINSIC)
+
+    def pair(self, obs: Tensor, action: Tensor) -> Tensor:
+        """What r_in sees of normalized observations and actions, […, O + A] or […, O]."""
+        return obs if self.spec.discrete else torch.cat([obs, action], -1)
 
     def intrinsic(self, meta_params: Params, pair: Tensor, action: Tensor) -> Tensor:
         """r_in in [−1, 1] of every step, [M, N]."""
@@ -416,10 +431,11 @@ class Lirpg:
             )[0]
             for advantage in (own, b.advantage)
         ]
+        cosine = functional.cosine_similarity(grads[0], grads[1], dim=1)
         return {
             "lirpg/intrinsic_reward_mean": float(reward.mean()),
             "lirpg/intrinsic_reward_std": float(reward.std(1).mean()),
-            "lirpg/gradient_cosine": float(functional.cosine_similarity(*grads, dim=1).mean()),
+            "lirpg/gradient_cosine": float(cosine.mean()),
         }
 
 
@@ -450,6 +466,11 @@ class Step:
 def advantages_of(delta: Tensor, window: Window, rows: Tensor) -> Tensor:
     """W_B δ, [M, N] → [M, B]: a product with a row, which is faster than one with a column."""
     return torch.bmm(delta.unsqueeze(1), take(window.matrix, rows).mT).squeeze(1)
+
+
+def first_member(params: Params) -> Params:
+    """The first member's entries, axis M kept."""
+    return {name: p[:1] for name, p in params.items()}
 
 
 def one_member(params: Params) -> Params:

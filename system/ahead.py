@@ -13,18 +13,39 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from actors.rollout import Receipt, Request, Slot
 from learners.core.trajectory import Metrics
 from system.backend import Arrival
 from system.learner_host import Outcome
 
-if TYPE_CHECKING:
-    from system.ray_backend import RayBackend
-
 DEPTH = 2
 """Chunks of a slot that are in flight or wait for the learner."""
+
+
+class ConcurrentBackend(Protocol):
+    """A backend that collects and learns at the same time."""
+
+    def submit(self, request: Request, carry: Any) -> None:
+        """Asks for a chunk; `poll` brings it."""
+        ...
+
+    def poll(self, also: Any = None) -> list[Arrival]:
+        """The chunks that have arrived; waits a little for the first, or until `also` is ready."""
+        ...
+
+    def start(self, method: str, *args: Any) -> Any:
+        """Calls the learner's host without waiting."""
+        ...
+
+    def finished(self, reference: Any) -> bool:
+        """Whether the answer to `start` is there."""
+        ...
+
+    def finish(self, reference: Any, method: str) -> Any:
+        """The answer to `start`."""
+        ...
 
 
 class Ahead:
@@ -32,7 +53,7 @@ class Ahead:
 
     def __init__(
         self,
-        backend: RayBackend,
+        backend: ConcurrentBackend,
         slots: Sequence[Slot],
         make_request: Callable[[Slot, int], Request],
         max_lag: int,

@@ -77,6 +77,8 @@ class RunConfig:
     """Tasks of an evaluation, from their own seed stream; for replicas the episodes of all."""
     log_every: int = 1
     """Meta-iterations that one record averages over."""
+    picture_every: int = 50
+    """Meta-iterations between pictures in TensorBoard; 0 for none. LIRPG has some to show."""
     max_lag: int = 0
     """Versions that a chunk may lag behind the newest parameters when it is learned from. 0 waits
     for chunks of exactly the newest; above 0 actors go on while the learner works."""
@@ -89,11 +91,17 @@ class RunConfig:
         for name in (*positive, "eval_tasks", "log_every"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("seed", "eval_every", "max_lag"):
+        for name in ("seed", "eval_every", "picture_every", "max_lag"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.max_lag > 0:
             self.check_lag()
+        steps, parts = rollout_size(self.learner, self.num_envs)
+        if steps % parts:
+            raise ConfigError(
+                f"num_minibatches {parts} does not divide the {steps} steps of a rollout "
+                f"({self.num_envs} environments)"
+            )
 
     def check_lag(self) -> None:
         """Refuses asynchronous collection where a method or backend has none."""
@@ -109,7 +117,13 @@ class RunConfig:
             )
 
 
-MAY_CHANGE = ("iterations", "eval_every", "eval_tasks", "log_every", "runtime")
+def rollout_size(learner: LearnerConfig, num_envs: int) -> tuple[int, int]:
+    """Steps of one replica's rollout, and into how many minibatches they are cut."""
+    num_steps = getattr(learner, "num_steps", 1)
+    return num_steps * num_envs, getattr(learner, "num_minibatches", 1)
+
+
+MAY_CHANGE = ("iterations", "eval_every", "eval_tasks", "log_every", "picture_every", "runtime")
 """Fields that a resumed run may change: none of them alters what was learned so far."""
 
 

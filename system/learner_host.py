@@ -11,7 +11,7 @@ import torch
 
 from actors.rollout import Arrays, Chunk
 from learners.config import LearnerConfig
-from learners.core.contract import Agents, State, check_finite
+from learners.core.contract import Agents, Describes, State, check_finite
 from learners.core.errors import ConfigError, NonFiniteError
 from learners.core.params import flatten_members
 from learners.core.trajectory import ENV_AXIS, Metrics, Spec, Trajectory, sum_in_order
@@ -113,6 +113,7 @@ class LearnerHost:
         self.first: Agents | None = None
         self.agents: Agents | None = None
         self.batches: list[Trajectory] = []
+        self.last_query: Trajectory | None = None
         self.member_ranges: list[tuple[int, int]] = []
         self.publish: Publish = lambda version, blocks: None
         self.store: Callable[[np.ndarray], Any] = lambda array: array
@@ -163,7 +164,17 @@ class LearnerHost:
         except NonFiniteError as error:
             return Outcome(failure=failure(error, batch))
         self.state, self.batches = state, []
+        if isinstance(self.learner, Describes):
+            self.last_query = batches[-1]
         return Outcome(metrics=metrics)
+
+    def describe(self) -> dict[str, np.ndarray]:
+        """What the learner has to show of the last update; empty where there is nothing."""
+        if self.last_query is None or not isinstance(self.learner, Describes):
+            return {}
+        torch.set_num_threads(self.num_threads)
+        described = self.learner.describe(self.state, self.last_query)
+        return {name: tensor.detach().cpu().numpy() for name, tensor in described.items()}
 
     def act(self, agents: Agents) -> int:
         """Publishes the members' parameters as flat arrays, one per range of members."""

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -26,7 +26,7 @@ import psutil
 from actors.family import Task, TaskFamily
 from actors.rollout import Carry, Receipt, Request, Slot, make_slots
 from learners.core.trajectory import Metrics
-from system.ahead import Ahead
+from system.ahead import Ahead, ConcurrentBackend
 from system.backend import Backend
 from system.config import RunConfig
 from system.learner_host import Failure, Outcome
@@ -168,7 +168,8 @@ class Loop:
                 place = (Stream.TRAIN, iteration + number, 0)
                 return self.request(slot, self.members, None, place)
 
-            self.ahead = Ahead(self.backend, slots, request, config.max_lag, version, self.carries)
+            backend = cast(ConcurrentBackend, self.backend)
+            self.ahead = Ahead(backend, slots, request, config.max_lag, version, self.carries)
         handles, receipts, waited = self.ahead.next_batch()
         asked = time.perf_counter()
         arguments = (config.num_members, member_ranges(slots), *handles)
@@ -351,7 +352,8 @@ class Loop:
         finite = mean[np.isfinite(mean)]
         if len(mean) > 1 and finite.size > 1:
             _, (low, high) = mean_ci(finite)
-            shown |= {"rollout/ep_rew_ci95_low": low, "rollout/ep_rew_ci95_high": high}
+            ends = {"low": float(low), "high": float(high)}
+            shown |= {f"rollout/ep_rew_ci95_{end}": value for end, value in ends.items()}
             shown |= {f"replica/ep_rew_mean_{m}": value for m, value in enumerate(mean.tolist())}
         return shown
 
@@ -365,7 +367,8 @@ def carry_to_arrays(carry: Carry) -> dict[str, np.ndarray]:
 def carry_from_arrays(arrays: Mapping[str, np.ndarray]) -> Carry:
     """The inverse of `carry_to_arrays`."""
     env = {n.removeprefix("env."): a for n, a in arrays.items() if n.startswith("env.")}
-    return Carry(env=env, **{n: a for n, a in arrays.items() if not n.startswith("env.")})
+    own: dict[str, Any] = {n: a for n, a in arrays.items() if not n.startswith("env.")}
+    return Carry(env=env, **own)
 
 
 def member_ranges(slots: Sequence[Slot]) -> list[tuple[int, int]]:

@@ -18,11 +18,12 @@ from actors.family import TaskFamily
 from actors.tasks import load_family
 from learners.core.errors import ConfigError
 from learners.core.trajectory import Metrics
-from system import evaluation, run_folder
+from system import evaluation, pictures, run_folder
 from system.backend import Backend
 from system.config import RunConfig, to_dict
 from system.learner_host import choose_device
 from system.loop import Counters, FailedEvaluation, Loop, SkippedUpdate
+from system.memory import check_replicas
 from system.progress import Progress
 from system.seeds import Stream, make_seeds
 from system.serial_backend import SerialBackend
@@ -99,7 +100,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         ConfigError: the folder holds another run, or the machine lacks something.
         StoppedRun: ten updates in a row were skipped because of non-finite tensors.
     """
-    load_family(config.task, config.task_options)
+    check_replicas(config, load_family(config.task, config.task_options).spec)
     device = str(choose_device(config.runtime.device))
     run_folder.open_folder(folder, config, device)
     restored = run_folder.restore(folder)
@@ -158,10 +159,13 @@ def iterate(
             unwritten.append(metrics)
             if result is not None or record_is_due(config, counters.iteration):
                 metrics = average(unwritten)
-                env_steps = counters.env_steps // loop.num_replicas
-                telemetry.write(counters.iteration, env_steps, metrics)
+                telemetry.write(counters.iteration, own_steps(loop, counters), metrics)
                 progress.update(counters.iteration, counters.env_steps, metrics)
                 unwritten = []
+            if pictures_are_due(config, counters.iteration):
+                described = loop.backend.learner("describe")
+                images, histograms = pictures.draw(described), pictures.histograms(described)
+                telemetry.show(own_steps(loop, counters), images, histograms)
             if skipped is not None and counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 save(config, folder, loop, counters)
                 stop(folder, counters, skipped)
@@ -181,6 +185,17 @@ def evaluation_is_due(config: RunConfig, iteration: int) -> bool:
 def record_is_due(config: RunConfig, iteration: int) -> bool:
     """Whether `iteration` iterations end with a record; the last one always does."""
     return iteration == config.iterations or iteration % config.log_every == 0
+
+
+def pictures_are_due(config: RunConfig, iteration: int) -> bool:
+    """Whether `iteration` iterations end with pictures; the last one does where there are any."""
+    every = config.picture_every
+    return every > 0 and (iteration == config.iterations or iteration % every == 0)
+
+
+def own_steps(loop: Loop, counters: Counters) -> int:
+    """Environment steps of each replica so far: the x-axis of what is recorded."""
+    return counters.env_steps // loop.num_replicas
 
 
 SO_FAR = ("time/env_steps", "meta/skipped_updates", "sys/actor_restarts", "perf/chunks_dropped")

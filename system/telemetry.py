@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -22,6 +23,9 @@ from learners.core.trajectory import Metrics
 
 HPARAMS_METRICS = ("rollout/ep_rew_mean", "adapt/gain")
 """Tags that TensorBoard's HPARAMS page shows beside the configuration."""
+
+NUM_BINS = 50
+"""Bins of a histogram."""
 
 LARGEST = torch.finfo(torch.float32).max
 """TensorBoard's scalars are float32; what does not fit would read as infinite."""
@@ -76,6 +80,24 @@ class Telemetry:
         }
         self._lines.write(json.dumps(row, allow_nan=False) + "\n")
         self._lines.flush()
+
+    def show(
+        self, env_steps: int, images: Mapping[str, Any], histograms: Mapping[str, Any]
+    ) -> None:
+        """Records pictures in TensorBoard alone, at `env_steps` environment steps.
+
+        Args:
+            env_steps: as for `write`.
+            images: [H, W, 3] uint8 by tag.
+            histograms: numbers in any shape by tag; those that are not finite are left out.
+        """
+        for tag, image in images.items():
+            self._events.add_image(tag, image, env_steps, dataformats="HWC")
+        for tag, values in histograms.items():
+            finite = values[np.isfinite(values)]
+            if finite.size:
+                self._events.add_histogram(tag, finite, env_steps, bins=NUM_BINS)
+        self._events.flush()
 
     def config_text(self, config: Mapping[str, Any]) -> None:
         """Records the resolved configuration as a table and as hparams, in this same run."""

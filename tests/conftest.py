@@ -130,7 +130,7 @@ class Clusters:
             from system.ray_backend import RayBackend
 
             config = replace(config, runtime=replace(config.runtime, backend="ray", num_actors=3))
-            self.family, self.backend = family, RayBackend(config, family, seed=1)
+            self.family, self.backend = family, RayBackend(config, family, [1])
             self.initial = self.backend.learner("get_state")
         for order in self.orders.iterdir():
             order.unlink()

@@ -40,6 +40,8 @@ class _Locomotion:
 
     obs_size: ClassVar[int]
     action_size: ClassVar[int]
+    velocity: ClassVar[int]
+    """Index of the root's forward velocity in an observation, just after the positions."""
 
     def __post_init__(self) -> None:
         check_whole(self, "delay", 1)
@@ -47,8 +49,15 @@ class _Locomotion:
 
     @property
     def spec(self) -> Spec:
-        """Sizes, horizon and delay."""
-        return Spec(self.obs_size, self.action_size, False, self.horizon, reward_delay=self.delay)
+        """Sizes, horizon, delay, and where the forward velocity is."""
+        return Spec(
+            self.obs_size,
+            self.action_size,
+            False,
+            self.horizon,
+            reward_delay=self.delay,
+            velocity=self.velocity,
+        )
 
     @property
     def finite_tasks(self) -> list[Task] | None:
@@ -66,6 +75,7 @@ class Hopper(_Locomotion):
 
     obs_size = 11
     action_size = 3
+    velocity = 5
 
     def make(self, num_envs: int) -> HopperEnv:
         """A batch of environments."""
@@ -78,6 +88,7 @@ class HalfCheetah(_Locomotion):
 
     obs_size = 17
     action_size = 6
+    velocity = 8
 
     def make(self, num_envs: int) -> HalfCheetahEnv:
         """A batch of environments."""
@@ -90,6 +101,7 @@ class Walker2d(_Locomotion):
 
     obs_size = 17
     action_size = 6
+    velocity = 8
 
     def make(self, num_envs: int) -> Walker2dEnv:
         """A batch of environments."""
@@ -106,6 +118,7 @@ class Ant(_Locomotion):
 
     obs_size = 105
     action_size = 8
+    velocity = 13
 
     def make(self, num_envs: int) -> AntEnv:
         """A batch of environments."""
@@ -121,6 +134,7 @@ class Humanoid(_Locomotion):
 
     obs_size = 348
     action_size = 17
+    velocity = 22
 
     def make(self, num_envs: int) -> HumanoidEnv:
         """A batch of environments."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from learners.config import ActorCriticSettings
 from learners.core import networks
+from learners.core.errors import ConfigError
 from learners.core.normalizer import Normalizer, normalize_obs
 from learners.core.policy import Distribution, Policy
 from learners.core.returns import bootstraps
@@ -33,7 +34,13 @@ def prefixed(params: Params, prefix: str) -> Params:
 
 
 def stack(members: Sequence[Params]) -> Params:
-    """Members' own parameters along axis M."""
+    """Members' own parameters along axis M.
+
+    Raises:
+        ConfigError: there are several members with convolutional networks.
+    """
+    if len(members) > 1 and any("conv0" in name for name in members[0]):
+        raise ConfigError(f"a run on pixels has one replica: num_members is {len(members)}, not 1")
     return {name: torch.stack([p[name] for p in members]) for name in members[0]}
 
 
@@ -45,7 +52,13 @@ class ActorCritic:
 
     @staticmethod
     def of(config: ActorCriticSettings, spec: Spec) -> ActorCritic:
-        """The networks that `config` describes, with orthogonal weights."""
+        """The networks that `config` describes, with orthogonal weights.
+
+        Raises:
+            ConfigError: pixels are to be normalized, or come with continuous actions.
+        """
+        if spec.image is not None and (config.normalize_obs or not spec.discrete):
+            raise ConfigError("pixels go with discrete actions, and normalize_obs must be off")
         normalizer = Normalizer(config.normalize_obs, config.normalize_reward, config.gamma)
         used = normalizer.obs or normalizer.reward
         return ActorCritic(
@@ -75,7 +88,7 @@ class ActorCritic:
         return params | prefixed(networks.init_mlp(sizes, generator, "orthogonal"), VALUE)
 
     def __call__(self, params: Params, obs: Tensor) -> tuple[Distribution, Tensor]:
-        """Distribution and value [M, N] at normalized `obs` [M, N, O], with gradient to `params`."""
+        """Distribution and value [M, N] at normalized `obs` [M, N, O]; gradient to `params`."""
         acting = part(params, POLICY)
         hidden = self.policy.features(acting, obs)
         below = obs if self.policy.spec.image is None else hidden
@@ -181,14 +194,14 @@ def standardise_rows(value: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def decayed(lr: float, num_updates: int, decay_updates: int) -> float:
-    """A step size that falls linearly to 0 over `decay_updates` updates; constant where that is 0."""
+    """A step size that falls linearly to 0 over `decay_updates` updates; constant at 0 of them."""
     if decay_updates == 0:
         return lr
     return lr * max(0.0, 1.0 - num_updates / decay_updates)
 
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float | None) -> Tensor:
-    """−min(r Â, clip(r, 1 ± clip) Â) of each step, r = exp(log_ratio); −r Â where `clip` is None."""
+    """−min(r Â, clip(r, 1 ± clip) Â), r = exp(log_ratio), at each step; −r Â without `clip`."""
     ratio = log_ratio.exp()
     if clip is None:
         return -ratio * advantage

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
 
 from learners.core.errors import NonFiniteError
 from learners.core.policy import Policy
@@ -81,6 +83,15 @@ class Learner(Protocol):
             batches: K support batches and the query batch.
             reduce: adds partial sums over blocks of members and over learners.
         """
+        ...
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """A learner that has something to show beside its metrics."""
+
+    def describe(self, state: State, batch: Trajectory) -> dict[str, Tensor]:
+        """What a person may want to look at, by name, of a state and its last query batch."""
         ...
 
 

@@ -29,7 +29,7 @@ class Tanh(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Grad · (1 − y²)."""
         (y,) = ctx.saved_tensors
         return torch.ops.aten.tanh_backward(grad, y)  # type: ignore[no-any-return]

@@ -45,6 +45,7 @@ class Spec:
         horizon: H, the largest number of steps of an episode.
         reward_delay: steps whose rewards reach the agent as one sum; 1 for each at its own step.
         image: (channels, height, width) where observations are pixels: O bytes, flat, uint8.
+        velocity: index of the forward velocity in an observation, where there is one.
     """
 
     obs_size: int
@@ -53,6 +54,7 @@ class Spec:
     horizon: int
     reward_delay: int = 1
     image: tuple[int, int, int] | None = None
+    velocity: int | None = None
 
 
 @dataclass(frozen=True)

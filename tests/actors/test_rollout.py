@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from actors.rollout import Request, RolloutWorker, Slot, make_slots
 from actors.tasks import load_family
+from learners.core.normalizer import REWARD_STD, Normalizer
 from learners.core.params import flatten_members, unflatten_members
 from learners.core.policy import Policy
 from learners.core.trajectory import ENV_AXIS, Trajectory
+from system.loop import carry_from_arrays, carry_to_arrays
 from tests.system.families import Countdown
 
 pytestmark = pytest.mark.usefixtures("torch_threads")
@@ -34,7 +36,10 @@ def policy_of(family, hidden=(8,)):
 
 def members_params(policy, num_members):
     """Every member's own parameters, as one flat read-only array [m, P]."""
-    each = [policy.init(torch.Generator().manual_seed(m)) for m in range(num_members)]
+    each = [
+        policy.template() | policy.init(torch.Generator().manual_seed(m))
+        for m in range(num_members)
+    ]
     stacked = {name: torch.stack([params[name] for params in each]) for name in each[0]}
     flat = flatten_members(stacked).numpy()
     flat = flat + 0.1 * np.random.default_rng(3).normal(size=flat.shape).astype(np.float32)
@@ -51,7 +56,17 @@ def request_of(family, num_members=2, num_envs=3, num_steps=HORIZON, **changes):
 def collect(family, request, worker=None):
     policy = policy_of(family)
     worker = worker or RolloutWorker(family, policy)
-    return worker.collect(request, members_params(policy, request.slot.num_members))
+    flat = members_params(policy, request.slot.num_members)
+    chunk, receipt, _ = worker.collect(request, flat, request.version)
+    return chunk, receipt
+
+
+def collect_stream(family, request, worker=None, carry=None, policy=None):
+    """A chunk of a stream, its receipt and its carry."""
+    policy = policy or policy_of(family)
+    worker = worker or RolloutWorker(family, policy)
+    flat = members_params(policy, request.slot.num_members)
+    return worker.collect(replace(request, stream=True), flat, request.version, carry)
 
 
 def used_worker(family):
@@ -115,19 +130,19 @@ def test_a_chunk_has_the_fields_and_shapes_of_a_trajectory(name):
     assert set(chunk.arrays) == {f.name for f in fields(Trajectory)} == set(ENV_AXIS)
     leading = (2, spec.horizon, 3)
     trailing = {"obs": (spec.obs_size,), "action": () if spec.discrete else (spec.action_size,)}
+    of_streams = {"final_obs": (2, 0, 3, spec.obs_size), "discounted_return": (2, 0, 3)}
     for array_name, array in chunk.arrays.items():
         expected = (
             (2, 3, spec.obs_size)
             if array_name == "last_obs"
             else leading + trailing.get(array_name, ())
         )
-        assert array.shape == expected, array_name
+        assert array.shape == of_streams.get(array_name, expected), array_name
         assert array.flags.c_contiguous, array_name
         flag = array_name in ("terminated", "truncated")
         whole = spec.discrete and array_name == "action"
         assert array.dtype == (bool if flag else np.int64 if whole else np.float32), array_name
     assert (chunk.slot, chunk.version, chunk.tasks) == (request.slot, 5, request.tasks)
-    assert chunk.carry is None
 
 
 @pytest.mark.parametrize("name", CARRIED)
@@ -161,9 +176,9 @@ def test_members_act_with_their_own_parameters_and_tasks():
     policy = policy_of(family)
     request = request_of(family)
     flat = members_params(policy, 2)
-    chunk, _ = RolloutWorker(family, policy).collect(request, flat)
+    chunk, _, _ = RolloutWorker(family, policy).collect(request, flat, 5)
     swapped = replace(request, tasks=request.tasks[::-1])
-    other, _ = RolloutWorker(family, policy).collect(swapped, flat[::-1].copy())
+    other, _, _ = RolloutWorker(family, policy).collect(swapped, flat[::-1].copy(), 5)
     a, b = chunk.arrays, other.arrays
     # At the origin, the noise of a row is what remains of it without its member's distribution.
     params = unflatten_members(torch.tensor(flat), policy.init(torch.Generator()))
@@ -194,72 +209,154 @@ def test_behaviour_log_prob_is_what_the_learner_recomputes(name):
     torch.testing.assert_close(a["log_prob"], log_prob, rtol=1e-5, atol=1e-5)
 
 
-def test_parameters_and_request_are_left_as_they_were():
+def test_parameters_and_carry_are_left_as_they_were():
     family = family_of("half-cheetah-dir")
     policy = policy_of(family)
     flat = members_params(policy, 2)
     before = flat.copy()
+    request = request_of(family, num_steps=4, stream=True)
     worker = RolloutWorker(family, policy)
-    first, _ = worker.collect(request_of(family, num_steps=4, keep_carry=True), flat)
-    request = request_of(family, num_steps=4, carry=first.carry)
-    untouched = copy.deepcopy(request)
-    worker.collect(request, flat)
+    _, _, carry = worker.collect(request, flat, 5)
+    untouched = copy.deepcopy(carry)
+    worker.collect(request, flat, 5, carry)
+    RolloutWorker(family, policy).collect(request, flat, 5, carry)
     np.testing.assert_array_equal(flat, before)
-    for field in fields(request.carry):
-        left, right = getattr(request.carry, field.name), getattr(untouched.carry, field.name)
+    for field in fields(carry):
+        left, right = getattr(carry, field.name), getattr(untouched, field.name)
         if field.name == "env":
             assert_same_arrays(left, right)
         else:
             np.testing.assert_array_equal(left, right, err_msg=field.name)
 
 
-# Carry
+# Streams
+
+
+def joined(chunks):
+    """Chunks of one stream as one."""
+    names = [name for name in chunks[0].arrays if name != "last_obs"]
+    out = {name: np.concatenate([c.arrays[name] for c in chunks], 1) for name in names}
+    return out | {"last_obs": chunks[-1].arrays["last_obs"]}
 
 
 @pytest.mark.parametrize("split", [5, 3])
 @pytest.mark.parametrize("num_envs", [3, 8])
-@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("name", [*CARRIED, "delayed-hopper"])
 def test_chunks_carried_to_another_worker_are_one_chunk(name, num_envs, split):
     family = family_of(name)
-    whole, _ = collect(family, request_of(family, num_envs=num_envs))
-    first, _ = collect(
-        family, request_of(family, num_envs=num_envs, num_steps=split, keep_carry=True)
-    )
-    rest = request_of(family, num_envs=num_envs, num_steps=HORIZON - split, carry=first.carry)
-    # The seeds of the second request must not matter: all randomness is in the carry.
-    second, _ = collect(family, replace(rest, seeds=(71, 72)), used_worker(family))
-    for array_name, array in whole.arrays.items():
-        if array_name == "last_obs":
-            joined = second.arrays[array_name]
-        else:
-            joined = np.concatenate([first.arrays[array_name], second.arrays[array_name]], 1)
-        np.testing.assert_array_equal(array, joined, err_msg=array_name)
+    policy = replace(policy_of(family), normalizer=Normalizer(False, True, 0.9))
+    flat = members_params(policy, 2)
+    length = 2 * HORIZON + 3
 
+    def ask(num_steps, worker, carry=None, seeds=(11, 12)):
+        request = request_of(family, num_envs=num_envs, num_steps=num_steps, stream=True)
+        return worker.collect(replace(request, seeds=seeds), flat, 5, carry)
 
-def test_a_carry_remembers_episodes_that_are_over_and_returns_so_far():
-    family = family_of("navigation-2d")
-    # One goal is where every first step ends that is clipped to the corner; one is out of reach.
-    near, far = {"goal": [0.1, 0.1]}, {"goal": [-0.5, -0.5]}
-    policy = policy_of(family)
-    params = policy.init(torch.Generator().manual_seed(0))
-    params["log_std"] = torch.full((2,), -9.0)
-    bias = [name for name, p in params.items() if p.shape == (2,) and name != "log_std"]
-    params[bias[-1]] = torch.ones(2)  # every mean action is far in the corner's direction
-    flat = flatten_members({name: p.expand(2, *p.shape) for name, p in params.items()}).numpy()
-    request = Request(Slot(0, (0, 2), (0, 3)), (near, far), (1, 2), 1, 4, keep_carry=True)
+    whole, _, _ = ask(length, RolloutWorker(family, policy))
     worker = RolloutWorker(family, policy)
-    first, _ = worker.collect(request, flat)
-    assert first.carry.ended.tolist() == [True] * 3 + [False] * 3
-    assert first.carry.num_steps == 4
-    second, receipt = worker.collect(
-        replace(request, num_steps=HORIZON - 4, carry=first.carry, keep_carry=False), flat
+    first, _, carry = ask(split, worker)
+    # The seeds of the second request must not matter: all randomness is in the carry.
+    live, _, _ = ask(length - split, worker, carry, (71, 72))
+    moved, _, _ = ask(length - split, RolloutWorker(family, policy), carry, (73, 74))
+    assert_same_arrays(whole.arrays, joined([first, live]))
+    assert_same_arrays(whole.arrays, joined([first, moved]))
+
+
+def test_a_carry_becomes_arrays_and_comes_back():
+    family = family_of("delayed-hopper")
+    _, _, carry = collect_stream(family, request_of(family, num_steps=4))
+    again = carry_from_arrays(carry_to_arrays(carry))
+    assert_same_arrays(again.env, carry.env)
+    for field in fields(carry):
+        if field.name not in ("env", "ticket"):
+            left, right = getattr(again, field.name), getattr(carry, field.name)
+            np.testing.assert_array_equal(left, right, err_msg=field.name)
+
+
+STREAM_TASKS = ({"length": 2, "truncate": 0}, {"length": 3, "truncate": 1})
+
+
+def test_a_new_episode_follows_at_once_where_one_ends():
+    family = Countdown()
+    request = Request(Slot(0, (0, 2), (0, 1)), STREAM_TASKS, (1, 2), 1, 7)
+    chunk, receipt, carry = collect_stream(family, request)
+    a = chunk.arrays
+    assert a["valid"].all()
+    assert a["reward"][0, :, 0].tolist() == [1, 2, 1, 2, 1, 2, 1]
+    assert a["terminated"][0, :, 0].tolist() == [False, True] * 3 + [False]
+    assert not a["truncated"][0].any()
+    assert a["reward"][1, :, 0].tolist() == [1, 2, 3, 1, 2, 3, 1]
+    assert np.flatnonzero(a["truncated"][1, :, 0]).tolist() == [2, 5]
+    assert receipt.returns == [[3.0, 3.0, 3.0], [6.0, 6.0]]
+    assert receipt.lengths == [[2.0, 2.0, 2.0], [3.0, 3.0]]
+    assert receipt.num_steps == 14
+    assert carry.num_steps.tolist() == [1, 1]
+    assert carry.episode_return.tolist() == [1.0, 1.0]
+
+
+def test_final_observations_stand_where_a_time_limit_ended_an_episode():
+    family = Countdown()
+    request = Request(Slot(0, (0, 2), (0, 1)), STREAM_TASKS, (1, 2), 1, 7)
+    chunk, _, _ = collect_stream(family, request)
+    a = chunk.arrays
+    assert not a["final_obs"][0].any()
+    final = a["final_obs"][1, :, 0]
+    assert np.flatnonzero(final.any(-1)).tolist() == [2, 5]
+    # The next observation is already the new episode's first.
+    np.testing.assert_array_equal(a["obs"][1, 3, 0], a["obs"][1, 0, 0])
+    assert not np.array_equal(final[2], a["obs"][1, 3, 0])
+
+
+def test_rewards_are_normalized_first_and_then_paid_out_with_delay():
+    family = Countdown(reward_delay=2)
+    policy = replace(policy_of(family), normalizer=Normalizer(False, True, 0.5, clip=1.2))
+    request = Request(Slot(0, (0, 1), (0, 1)), ({"length": 3, "truncate": 0},), (1, 2), 1, 7)
+    flat = flatten_members({n: p.unsqueeze(0) for n, p in policy.template().items()})
+    template = policy.template()
+    params = unflatten_members(flat, template) | {REWARD_STD: torch.full((1, 1), 2.0)}
+    worker = RolloutWorker(family, policy)
+    chunk, receipt, carry = worker.collect(
+        replace(request, stream=True), flatten_members(params).numpy(), 1
     )
-    assert not second.arrays["valid"][0].any()
-    assert second.arrays["valid"][1].all()
-    assert receipt.num_episodes == [0, 3]
-    rewards = np.concatenate([first.arrays["reward"], second.arrays["reward"]], 1)[1].sum(0)
-    np.testing.assert_allclose(second.arrays["episode_return"][1, -1], rewards, rtol=1e-6)
-    assert (second.arrays["episode_length"][1, -1] == HORIZON).all()
+    # Raw 1 2 3 | 1 2 3 | 1, halved 0.5 1 1.2 (clipped), paid at every second step and at the end.
+    paid = chunk.arrays["reward"][0, :, 0]
+    np.testing.assert_allclose(paid, [0, 1.5, 1.2, 0, 1.5, 1.2, 0], rtol=1e-6)
+    discounted = chunk.arrays["discounted_return"][0, :, 0]
+    np.testing.assert_allclose(discounted, [1, 2.5, 4.25, 1, 2.5, 4.25, 1], rtol=1e-6)
+    assert receipt.returns == [[6.0, 6.0]]  # what is reported is raw
+    assert carry.pending_reward.tolist() == [0.5]
+
+
+def test_environments_that_cannot_be_saved_go_on_in_their_worker_only():
+    family = load_family("gym:CartPole-v1")
+    request = request_of(family, num_steps=6, stream=True)
+    worker = RolloutWorker(family, policy_of(family))
+    first, _, carry = collect_stream(family, request, worker)
+    assert carry.env == {}
+    going, _, _ = collect_stream(family, request, worker, carry)
+    np.testing.assert_array_equal(going.arrays["obs"][:, 0], first.arrays["last_obs"])
+    elsewhere, _, _ = collect_stream(family, request, None, carry)
+    np.testing.assert_array_equal(elsewhere.arrays["obs"][:, 0], first.arrays["obs"][:, 0])
+
+
+def test_a_life_lost_ends_what_is_learned_from_and_not_what_is_reported():
+    family = Countdown(lives=2)
+    request = Request(Slot(0, (0, 1), (0, 1)), ({"length": 2, "truncate": 0},), (1, 2), 1, 8)
+    chunk, receipt, _ = collect_stream(family, request)
+    assert np.flatnonzero(chunk.arrays["terminated"][0, :, 0]).tolist() == [1, 3, 5, 7]
+    assert receipt.returns == [[6.0, 6.0]]
+    whole, whole_receipt = collect(family, replace(request, stream=False))
+    assert whole_receipt.returns == [[6.0]]
+    assert whole.arrays["valid"][0, :, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+
+
+def test_a_chunk_that_is_not_wanted_leaves_its_receipt():
+    family = family_of("half-cheetah-dir")
+    request = request_of(family)
+    chunk, receipt = collect(family, replace(request, keep_data=False))
+    _, full = collect(family, request)
+    assert chunk.arrays == {}
+    assert (receipt.returns, receipt.num_steps) == (full.returns, full.num_steps)
 
 
 # Ends of episodes
@@ -314,10 +411,10 @@ def test_collection_stops_once_all_episodes_are_over():
     family = Countdown(horizon=50)
     tasks = ({"length": 2, "truncate": 0}, {"length": 3, "truncate": 0})
     worker = RolloutWorker(family, policy_of(family))
-    worker.envs[4] = env = family.make(4)
+    worker.envs["size", 4] = env = family.make(4)
     request = Request(Slot(0, (0, 2), (0, 2)), tasks, (1, 2), 1, family.horizon)
     chunk, receipt = collect(family, request, worker)
-    assert env._steps == 3
+    assert env._steps.max() == 3
     assert receipt.num_steps == 10
     assert chunk.arrays["valid"].shape == (2, 50, 2)
 
@@ -326,9 +423,8 @@ def test_a_receipt_sums_the_chunk_up(countdown):
     arrays, receipt, lengths = countdown
     assert receipt.slot_id == 3
     assert receipt.num_steps == 2 * sum(lengths)
-    assert receipt.num_episodes == [2, 2, 2, 2]
-    assert receipt.length_sum == [2.0 * length for length in lengths]
-    assert receipt.return_sum == [length * (length + 1.0) for length in lengths]
+    assert receipt.lengths == [[float(length)] * 2 for length in lengths]
+    assert receipt.returns == [[length * (length + 1.0) / 2] * 2 for length in lengths]
     assert receipt.worker == os.getpid()
     assert receipt.num_bytes == sum(array.nbytes for array in arrays.values())
     assert receipt.seconds > 0.0
@@ -356,4 +452,4 @@ def test_returns_and_receipts_agree_with_a_slow_count(name):
             episodes.append(total)
         totals.append(sum(episodes))
     assert receipt.num_steps == num_steps
-    np.testing.assert_allclose(receipt.return_sum, totals, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose([sum(r) for r in receipt.returns], totals, rtol=1e-5, atol=1e-5)

@@ -25,7 +25,8 @@ def make_learner(discrete: bool = False, **settings) -> MamlTrpo:
 def make_state(learner: MamlTrpo, seed: int = 0, dtype: torch.dtype = torch.float64) -> State:
     """No bias is zero, no standard deviation one, no two learned rates equal."""
     generator = torch.Generator().manual_seed(seed)
-    params = learner.init(generator)["meta_params"]
+    learner.policy.init(generator)  # what is drawn below is then apart from the weights
+    params = learner.init([seed])["meta_params"]
     moved = {}
     for name, p in params.items():
         noise = torch.randn(p.shape, generator=generator)
@@ -74,6 +75,8 @@ def make_trajectory(
         last_obs=normal(num_members, 4, spec.obs_size),
         episode_return=torch.where(last, total, normal(*shape) * ~valid),
         episode_length=(length.unsqueeze(1) * last).to(dtype),
+        final_obs=torch.zeros(num_members, 0, 4, spec.obs_size, dtype=dtype),
+        discounted_return=torch.zeros(num_members, 0, 4, dtype=dtype),
     )
     return trajectory.map(Tensor.detach)
 

@@ -188,6 +188,8 @@ def test_inner_update_of_a_bandit_from_rewards():
         "last_obs": np.zeros((2, 9, 1)),
         "episode_return": reward,
         "episode_length": ones,
+        "final_obs": np.zeros((2, 0, 9, 1)),
+        "discounted_return": np.zeros((2, 0, 9)),
     }
     batch = Trajectory(**{name: torch.from_numpy(array) for name, array in arrays.items()})
     learner, params = bandit(inner_lr=0.75), params_of([0.4, -0.3])

@@ -99,14 +99,18 @@ class Countdown:
     Attributes:
         horizon: the longest episode.
         garbage: whether an environment that has ended returns NaN, as the contract allows.
+        reward_delay: as in `Spec`.
+        lives: episodes that one game has.
     """
 
     horizon: int = 6
     garbage: bool = True
+    reward_delay: int = 1
+    lives: int = 1
 
     @property
     def spec(self) -> Spec:
-        return Spec(obs_size=2, action_size=1, discrete=False, horizon=self.horizon)
+        return Spec(2, 1, False, self.horizon, reward_delay=self.reward_delay)
 
     @property
     def finite_tasks(self) -> list[Task] | None:
@@ -132,12 +136,20 @@ class CountdownEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._garbage = np.nan if family.garbage else 0.0
-        self._steps = 0
+        self._all_lives = family.lives
+        self._steps = np.zeros(num_envs)
+        self._lives = np.full(num_envs, family.lives)
         self._tasks: Sequence[Task] = ()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        self._tasks = list((options or {})["tasks"])
-        self._steps = 0
+        options = options or {}
+        self._tasks = list(options.get("tasks", self._tasks))
+        mask = options.get("reset_mask", np.ones(self.num_envs, bool))
+        dead = mask & (self._lives == 0)
+        if "tasks" in options:
+            dead = mask
+        self._lives[dead] = self._all_lives
+        self._steps[mask] = 0
         return self._observe(), {}
 
     def step(self, actions: np.ndarray):
@@ -146,12 +158,14 @@ class CountdownEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         ended_before = self._steps >= lengths
         self._steps += 1
         over = self._steps >= lengths
+        self._lives -= over & ~ended_before
         obs = self._observe()
         obs[ended_before] = self._garbage
-        reward = np.full(self.num_envs, self._steps, np.float32)
+        reward = self._steps.astype(np.float32)
         reward[ended_before] = self._garbage
-        return obs, reward, over & ~limits, over & limits, {}
+        info = {"game_over": over & (self._lives == 0)} if self._all_lives > 1 else {}
+        return obs, reward, over & ~limits, over & limits, info
 
     def _observe(self) -> np.ndarray:
-        rows = np.arange(self.num_envs, dtype=np.float32)
-        return np.stack([np.full(self.num_envs, self._steps, np.float32), rows], 1)
+        rows = np.arange(self.num_envs)
+        return np.stack([self._steps, rows], 1).astype(np.float32)

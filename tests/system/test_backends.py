@@ -48,7 +48,7 @@ def test_ray_learns_bitwise_what_the_serial_backend_learns(
     family = family_of(task, clusters)
     backend = clusters.get(config, family)
     monkeypatch.setattr(backend, "lanes", backend.lanes[:num_actors])
-    serial = SerialBackend(config, family, seed=1)
+    serial = SerialBackend(config, family, [1])
     initial = serial.learner("get_state")
     assert_same_state(clusters.initial, initial)
     expected = outcome(config, family, serial, initial)
@@ -82,10 +82,10 @@ def test_answers_stand_in_the_order_of_the_requests(clusters, tiny_run):
     backend = clusters.get(config, family)
     _, version = backend.learner("begin", 4, [(m, m + 1) for m in range(4)])
     requests = requests_of(config, family, version)[::-1]
-    handles, receipts = backend.collect(requests)
-    assert [receipt.slot_id for receipt in receipts] == list(range(11, -1, -1))
-    assert len(handles) == 12
-    assert {receipt.worker for receipt in receipts} <= {lane.pid for lane in backend.lanes}
+    arrivals = backend.collect(requests)
+    assert [arrival.request for arrival in arrivals] == requests
+    assert [arrival.receipt.slot_id for arrival in arrivals] == list(range(11, -1, -1))
+    assert {arrival.receipt.worker for arrival in arrivals} <= {lane.pid for lane in backend.lanes}
     assert [lane.in_flight for lane in backend.lanes] == [[], [], []]
 
 
@@ -96,8 +96,10 @@ def test_the_driver_holds_references_and_no_chunks(clusters, tiny_run):
     family = family_of("navigation-2d", clusters)
     backend = clusters.get(config, family)
     _, version = backend.learner("begin", 4, [(m, m + 1) for m in range(4)])
-    handles, _ = backend.collect(requests_of(config, family, version))
-    assert all(isinstance(handle, ray.ObjectRef) for handle in handles)
+    arrivals = backend.collect(requests_of(config, family, version))
+    for arrival in arrivals:
+        assert isinstance(arrival.chunk, ray.ObjectRef)
+        assert isinstance(arrival.carry, ray.ObjectRef)
 
 
 def test_driver_learner_and_actors_are_processes_of_their_own(clusters, tiny_run):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from learners.config import MamlTrpoConfig
+from learners.config import METHODS, A2cConfig, MamlTrpoConfig
 from learners.core.errors import ConfigError
 from system.config import (
     MAY_CHANGE,
@@ -137,10 +137,38 @@ def test_every_other_field_is_a_difference(tiny_run):
             continue
         if field.name == "learner":
             new = replace(old, learner=replace(old.learner, gamma=0.5))
+        elif field.name == "max_lag":
+            old = replace(old, learner=A2cConfig(), runtime=replace(old.runtime, backend="ray"))
+            new = replace(old, max_lag=1)
         else:
             value = changed.get(field.name, getattr(old, field.name))
             new = replace(old, **{field.name: value + 1 if isinstance(value, int) else value})
         assert differences(old, new), field.name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_methods_configuration_comes_back_from_json(tiny_run, method):
+    config = replace(tiny_run(), learner=METHODS[method](hidden=(7, 5)))
+    values = json.loads(json.dumps(to_dict(config)))
+    assert values["learner"]["method"] == method
+    assert from_dict(values) == config
+
+
+def test_configurations_without_a_method_are_those_of_maml(tiny_run):
+    values = to_dict(tiny_run())
+    del values["learner"]["method"]
+    assert from_dict(values) == tiny_run()
+    with pytest.raises(ConfigError, match="unknown method 'maml'"):
+        from_dict(values | {"learner": values["learner"] | {"method": "maml"}})
+
+
+def test_lag_is_refused_where_it_cannot_be(tiny_run):
+    with pytest.raises(ConfigError, match=r"max_lag 2: maml-trpo needs"):
+        replace(tiny_run(), max_lag=2)
+    with pytest.raises(ConfigError, match=r"max_lag 2 needs --backend ray"):
+        replace(tiny_run(), learner=A2cConfig(), max_lag=2)
+    with pytest.raises(ConfigError, match="max_lag must not be negative"):
+        replace(tiny_run(), max_lag=-1)
 
 
 def test_configurations_of_another_version_are_refused(tiny_run):

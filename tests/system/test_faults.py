@@ -60,7 +60,7 @@ def backend(clusters, config, family):
 @pytest.fixture
 def undisturbed(config, family, clusters):
     """State and counters of the serial backend after three iterations."""
-    serial = SerialBackend(config, family, seed=1)
+    serial = SerialBackend(config, family, [1])
     serial.learner("set_state", clusters.initial)
     return iterations(Loop(config, family, serial), 3)
 
@@ -134,10 +134,10 @@ def test_a_killed_parameter_server_is_filled_again(
     else:
         collect = backend.collect
 
-        def kill_first(requests):
+        def kill_first(requests, carries):
             monkeypatch.undo()
             os.kill(victim, signal.SIGKILL)
-            return collect(requests)
+            return collect(requests, carries)
 
         monkeypatch.setattr(backend, "collect", kill_first)
     state, counters, _ = iterations(loop, 2, counters)
@@ -155,7 +155,7 @@ def any_backend(request, config, family, clusters):
         return request.getfixturevalue("backend")
     for order in clusters.orders.iterdir():
         order.unlink()
-    return SerialBackend(config, family, seed=1)
+    return SerialBackend(config, family, [1])
 
 
 def test_an_environment_that_raises_is_reported(any_backend, config, family, clusters):
@@ -249,7 +249,7 @@ def test_a_stopped_run_keeps_what_it_had_learned(tmp_path, tiny_run):
     options = {"orders": str(orders)}
     config = tiny_run(OBEDIENT, iterations=50, task_options=options)
     family = load_family(OBEDIENT, config.task_options)
-    good = SerialBackend(config, family, *make_seeds(0, Stream.INIT, count=1))
+    good = SerialBackend(config, family, make_seeds(0, Stream.INIT, count=1))
     loop, counters = Loop(config, family, good), Counters()
     for _ in range(2):
         counters, _, _ = loop.iterate(counters)

@@ -9,7 +9,8 @@ import torch
 import learners.maml
 from actors.rollout import Receipt, make_slots
 from actors.tasks import load_family
-from system.learner_host import Failure, Outcome
+from system.backend import Arrival
+from system.learner_host import Failure, Outcome, Plan
 from system.loop import Counters, Loop, evaluation_tasks, member_ranges, summarise
 from system.seeds import Stream, make_rng, make_seeds
 from system.serial_backend import SerialBackend
@@ -22,7 +23,7 @@ NAN = math.nan
 
 def serial_loop(config, family=None):
     family = family or load_family(config.task, config.task_options)
-    return Loop(config, family, SerialBackend(config, family, seed=1))
+    return Loop(config, family, SerialBackend(config, family, [1]))
 
 
 def train(loop, iterations):
@@ -41,7 +42,7 @@ class Recorder:
     pids = ()
 
     def __init__(self, num_inner_updates=2, num_evaluation_updates=4, renew=None, fail_at=None):
-        self.num_updates = (num_inner_updates, num_evaluation_updates)
+        self.plan = Plan(num_inner_updates, num_evaluation_updates, None)
         self.renew = renew
         self.fail_at = fail_at
         self.calls = []
@@ -49,8 +50,8 @@ class Recorder:
         self.version = 0
 
     def learner(self, method, *args):
-        if method == "num_updates":
-            return self.num_updates
+        if method == "plan":
+            return self.plan
         self.calls.append((method, *args))
         self.version += 1
         if method == "begin":
@@ -60,16 +61,21 @@ class Recorder:
         metrics = {"meta/kl": 0.5} if method == "meta_update" else None
         return Outcome(version=self.version, metrics=metrics)
 
-    def collect(self, requests):
+    def collect(self, requests, carries=None):
+        assert carries == [None] * len(requests)
         self.requests.append(requests)
         self.calls.append(("collect", requests[0].version))
-        handles = [(len(self.requests), request.slot.id) for request in requests]
-        return handles, [receipt(request.slot) for request in requests]
+        number = len(self.requests)
+        return [
+            Arrival(request, (number, request.slot.id), receipt(request.slot), None)
+            for request in requests
+        ]
 
 
 def receipt(slot, returns=None):
     m = slot.num_members
-    return Receipt(slot.id, 7, returns or [4.0] * m, [6.0] * m, [2] * m, 0.5, 1, 100)
+    returns = [[r / 2, r / 2] for r in returns or [4.0] * m]
+    return Receipt(slot.id, 1, 7, returns, [[3.0, 3.0]] * m, 0.5, 1, 100)
 
 
 # The order of things
@@ -124,7 +130,7 @@ def test_requests_carry_tasks_seeds_horizon_and_the_version_that_acts(tiny_run):
             assert request.seeds == make_seeds(5, Stream.TRAIN, 9, k, request.slot.id)
             assert request.num_steps == 20
             assert request.version == k + 1
-            assert request.carry is None
+            assert not request.stream
     seeds = [request.seeds for requests in backend.requests for request in requests]
     assert len(set(seeds)) == len(seeds)
 
@@ -166,21 +172,21 @@ def test_a_failed_update_ends_the_iteration_and_is_counted(tiny_run, fail_at, ph
 def test_receipts_of_a_members_slots_add_up():
     slots = make_slots(3, 4, 2, 2)
     receipts = [
-        Receipt(0, 10, [1.0, 2.0], [4.0, 6.0], [1, 2], 0.5, 1, 100),
-        Receipt(1, 20, [3.0, 4.0], [2.0, 2.0], [1, 2], 0.25, 2, 50),
-        Receipt(2, 30, [5.0], [5.0], [1], 1.0, 1, 10),
-        Receipt(3, 40, [6.0], [7.0], [3], 1.0, 1, 10),
+        Receipt(0, 1, 10, [[1.0], [1.5, 0.5]], [[4.0], [3.0, 3.0]], 0.5, 1, 100),
+        Receipt(1, 1, 20, [[3.0], [2.5, 1.5]], [[2.0], [1.0, 1.0]], 0.25, 2, 50),
+        Receipt(2, 1, 30, [[5.0]], [[5.0]], 1.0, 1, 10),
+        Receipt(3, 1, 40, [[1.0, 2.0, 3.0]], [[2.0, 2.0, 3.0]], 1.0, 1, 10),
     ]
     phase = summarise(slots, receipts, 3, seconds=2.0)
     np.testing.assert_allclose(phase.member_return, [4 / 2, 6 / 4, 11 / 4])
-    np.testing.assert_allclose(phase.member_length, [6 / 2, 8 / 4, 12 / 4])
+    assert phase.lengths[2] == [5.0, 2.0, 2.0, 3.0]
     assert (phase.num_steps, phase.num_bytes) == (100, 170)
     assert (phase.busy_seconds, phase.seconds) == (2.75, 2.0)
 
 
 def test_a_member_without_a_finished_episode_has_no_return():
     (slot,) = make_slots(2, 1, 2, 1)
-    phase = summarise([slot], [Receipt(0, 5, [0.0, 3.0], [0.0, 5.0], [0, 1], 0.1, 1, 1)], 2, 1.0)
+    phase = summarise([slot], [Receipt(0, 1, 5, [[], [3.0]], [[], [5.0]], 0.1, 1, 1)], 2, 1.0)
     assert math.isnan(phase.member_return[0])
     assert phase.member_return[1] == 3.0
 
@@ -218,10 +224,10 @@ def test_environment_steps_are_the_valid_ones(tiny_run, monkeypatch):
     chunks = []
     collect = loop.backend.collect
 
-    def watched(requests):
-        handles, receipts = collect(requests)
-        chunks.extend(handles)
-        return handles, receipts
+    def watched(requests, carries):
+        arrivals = collect(requests, carries)
+        chunks.extend(arrival.chunk for arrival in arrivals)
+        return arrivals
 
     monkeypatch.setattr(loop.backend, "collect", watched)
     counters, all_metrics = train(loop, 2)

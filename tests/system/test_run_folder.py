@@ -28,7 +28,7 @@ def with_checkpoints(folder, config, *iterations):
     run_folder.open_folder(folder, config, "cpu")
     for iteration in iterations:
         state = {"meta_params": {"weight": torch.full((3,), float(iteration))}}
-        run_folder.save(folder, state, Counters(iteration, 10 * iteration, 1, 0), keep=3)
+        run_folder.save(folder, state, {}, Counters(iteration, 10 * iteration, 1, 0), keep=3)
     return folder
 
 
@@ -156,7 +156,7 @@ def test_json_is_replaced_in_one_step(tmp_path, monkeypatch):
 
 def test_state_and_counters_come_back(tmp_path, assert_same_state):
     counters = Counters(iteration=7, env_steps=12345678901, skipped=2, skipped_in_a_row=1)
-    path = run_folder.save(tmp_path, STATE_OF_A_RUN, counters, keep=2)
+    path = run_folder.save(tmp_path, STATE_OF_A_RUN, {}, counters, keep=2)
     assert path == tmp_path / "checkpoints" / "00000007"
     state, restored, said = run_folder.restore(tmp_path)
     assert_same_state(state, STATE_OF_A_RUN)
@@ -198,5 +198,5 @@ def test_no_checkpoint_holds_nan(tmp_path, tiny_run):
     before = snapshot(tmp_path)
     state = {"meta_params": {"weight": torch.tensor([1.0, float("nan")])}}
     with pytest.raises(ValueError, match="meta_params/weight"):
-        run_folder.save(tmp_path, state, Counters(2), keep=3)
+        run_folder.save(tmp_path, state, {}, Counters(2), keep=3)
     assert snapshot(tmp_path) == before

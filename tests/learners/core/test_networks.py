@@ -1,10 +1,24 @@
 """Perceptrons with one set of parameters per member."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
 
-from learners.core.networks import init_mlp, mlp
+from learners.core.networks import (
+    FAST_TANH_SIZE,
+    Tanh,
+    convolve,
+    convolve_tangent,
+    features,
+    head,
+    init_cnn,
+    init_mlp,
+    mlp,
+    mlp_tangent,
+    tanh,
+)
 
 
 def stacked(num_members: int, sizes: list[int], dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -97,3 +111,128 @@ def test_init_is_xavier_uniform_with_zero_bias():
         spread = float(weight.std()) / (bound / 3.0**0.5)
         assert spread == pytest.approx(1.0, abs=0.05)
         assert (params[f"layer{layer}.bias"] == 0.0).all()
+
+
+# --- The fast hyperbolic tangent ---
+
+
+def test_fast_tanh_is_torch_s_to_within_2e_7():
+    x = torch.cat([random_inputs(500_000) * 3.0, torch.linspace(-100.0, 100.0, 200_001)])
+    assert (Tanh.apply(x).double() - torch.tanh(x.double())).abs().max() < 2e-7
+    assert Tanh.apply(torch.tensor([-1e30, 0.0, 1e30])).tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_fast_tanh_has_torch_s_first_and_second_derivative():
+    x = torch.cat([random_inputs(1000), torch.tensor([0.0, 50.0, -50.0])]).double()
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(Tanh.apply, x[:20])
+    assert torch.autograd.gradgradcheck(Tanh.apply, x[:20])
+    derivatives = []
+    for function in (Tanh.apply, torch.tanh):
+        (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        derivatives.append((first.detach(), second))
+    for own, expected in zip(*derivatives, strict=True):
+        assert own.isfinite().all()
+        torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_members_with_many_entries_use_the_fast_tanh():
+    """The choice is by one member's size, so that it does not depend on how many there are."""
+    few, many = random_inputs(3, FAST_TANH_SIZE - 1), random_inputs(3, FAST_TANH_SIZE)
+    assert torch.equal(tanh(few), torch.tanh(few))
+    assert torch.equal(tanh(many), Tanh.apply(many))
+    assert torch.equal(tanh(many.double()), torch.tanh(many.double()))
+    assert not torch.equal(tanh(many), torch.tanh(many))
+    assert torch.equal(tanh(many[:1]), tanh(many)[:1])
+
+
+# --- Derivatives along a direction ---
+
+
+def direction(params, seed: int = 5):
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(p.shape, generator=generator).to(p.dtype) for n, p in params.items()}
+
+
+@pytest.mark.parametrize("moving_inputs", [False, True])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("sizes", [[3, 2], [3, 5, 1], [3, 6, 4, 2]])
+def test_mlp_tangent_equals_jvp(sizes, activation, moving_inputs):
+    params = stacked(2, sizes, torch.float64)
+    along, inputs = direction(params), random_inputs(2, 9, 3, dtype=torch.float64)
+    input_along = random_inputs(2, 9, 3, dtype=torch.float64).flip(1) if moving_inputs else None
+
+    def both(p, x):
+        hidden = features(p, x, activation)
+        return hidden, head(p, hidden)
+
+    given = torch.zeros_like(inputs) if input_along is None else input_along
+    values, tangents = torch.func.jvp(both, (params, inputs), (along, given))
+    computed = mlp_tangent(params, along, inputs, activation, input_along)
+    expected = (values[0], tangents[0], values[1], tangents[1])
+    for own, other in zip(computed, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
+    assert (computed[3] != 0.0).all()
+
+
+def cnn(image=(2, 36, 36), num_outputs: int = 3, dtype=torch.float32):
+    params = init_cnn(image, num_outputs, torch.Generator().manual_seed(0), 1.0)
+    return {n: (p + 0.01 * random_inputs(*p.shape)).to(dtype)[None] for n, p in params.items()}
+
+
+def pixels(num_frames: int, image) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    size = (1, num_frames, math.prod(image))
+    return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+
+
+def test_convolve_tangent_equals_jvp():
+    image = (2, 36, 36)
+    params, obs = cnn(image, dtype=torch.float64), pixels(3, image)
+    along = direction(params)
+    value, tangent = torch.func.jvp(lambda p: convolve(p, obs, image), (params,), (along,))
+    for own, expected in zip(
+        convolve_tangent(params, along, obs, image), (value, tangent), strict=True
+    ):
+        torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
+    assert 0.1 < (tangent == 0.0).double().mean() < 0.9
+
+
+# --- Pixels, and orthogonal weights ---
+
+
+@pytest.mark.parametrize(("image", "num_features"), [((4, 84, 84), 3136), ((2, 36, 44), 128)])
+def test_convolutions_are_those_of_mnih_et_al(image, num_features):
+    params, obs = cnn(image), pixels(3, image)
+    shapes = [tuple(params[f"conv{layer}.weight"].shape[1:]) for layer in range(3)]
+    assert shapes == [(32, image[0], 8, 8), (64, 32, 4, 4), (64, 64, 3, 3)]
+    assert params["layer0.weight"].shape == (1, num_features, 512)
+    assert params["layer1.weight"].shape == (1, 512, 3)
+    hidden = obs[0].float().view(-1, *image) / 255.0
+    for layer, stride in enumerate((4, 2, 1)):
+        weight, bias = params[f"conv{layer}.weight"][0], params[f"conv{layer}.bias"][0]
+        hidden = functional.relu(functional.conv2d(hidden, weight, bias, stride=stride))
+    computed = convolve(params, obs, image)
+    assert computed.shape == (1, 3, num_features)
+    torch.testing.assert_close(computed[0], hidden.reshape(3, -1))
+    assert mlp(params, computed, "relu").shape == (1, 3, 3)
+
+
+def test_a_head_with_one_output_is_the_general_formula():
+    params = stacked(3, [3, 6, 1], torch.float64)
+    hidden = random_inputs(3, 9, 6, dtype=torch.float64)
+    expected = torch.baddbmm(params["layer1.bias"].unsqueeze(1), hidden, params["layer1.weight"])
+    torch.testing.assert_close(head(params, hidden), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_orthogonal_weights_have_their_gain():
+    params = init_mlp([7, 12, 4], torch.Generator().manual_seed(0), "orthogonal", head_gain=0.01)
+    first, last = params["layer0.weight"], params["layer1.weight"]
+    torch.testing.assert_close(first @ first.T, 2.0 * torch.eye(7), rtol=0, atol=1e-5)
+    torch.testing.assert_close(last.T @ last, 1e-4 * torch.eye(4), rtol=0, atol=1e-9)
+    assert (params["layer0.bias"] == 0.0).all()
+    image = init_cnn((2, 36, 36), 3, torch.Generator().manual_seed(0), 0.01)
+    kernel, last = image["conv0.weight"].flatten(1), image["layer1.weight"]
+    torch.testing.assert_close(kernel @ kernel.T, 2.0 * torch.eye(32), rtol=0, atol=1e-5)
+    torch.testing.assert_close(last.T @ last, 1e-4 * torch.eye(3), rtol=0, atol=1e-9)

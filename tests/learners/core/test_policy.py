@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from learners.core.networks import mlp
+from learners.core.normalizer import OBS_MEAN, OBS_STD, REWARD_STD, Normalizer
 from learners.core.params import expand_members
 from learners.core.policy import Categorical, Gaussian, Policy
 from learners.core.trajectory import Spec
@@ -148,3 +149,65 @@ def test_noise_follows_its_generator(discrete):
     assert draws[0].shape == (2, 5, 3)
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+# --- Entropy and derivatives along a direction ---
+
+
+@pytest.mark.parametrize("make", [gaussian, categorical])
+def test_entropy_equals_that_of_torch(make):
+    dist, torch_dist = make(0)
+    expected = torch_dist.entropy()
+    assert (expected != 0.0).all()
+    computed = dist.entropy().expand(3, 7)
+    torch.testing.assert_close(computed, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_log_prob_tangent_equals_jvp(discrete):
+    policy = Policy(Spec(3, 4, discrete, horizon=1), (5,), "tanh", 0.5)
+    generator = torch.Generator().manual_seed(0)
+    outputs, along = torch.randn(2, 2, 7, 4, generator=generator).double()
+    log_std, log_std_along = torch.randn(2, 2, 4, generator=generator).double()
+    log_std[1, 2] = -1000.0  # below the floor, where it has no gradient
+    dist = policy.from_outputs({"log_std": log_std}, outputs)
+    action = dist.sample(policy.noise((2, 7), generator).double())
+
+    def log_prob(outputs, log_std):
+        return policy.from_outputs({"log_std": log_std}, outputs).log_prob(action)
+
+    _, expected = torch.func.jvp(log_prob, (outputs, log_std), (along, log_std_along))
+    computed = dist.log_prob_tangent(action, along, {"log_std": log_std_along})
+    assert computed.shape == (2, 7)
+    torch.testing.assert_close(computed, expected, rtol=1e-10, atol=1e-10)
+    without = dist.log_prob_tangent(action, along, {"log_std": torch.zeros_like(log_std)})
+    assert torch.equal(without, computed) is discrete
+
+
+# --- Normalized observations ---
+
+
+def test_template_has_every_published_entry():
+    normalizer = Normalizer(obs=True, reward=True, gamma=0.9)
+    spec = Spec(3, 2, discrete=False, horizon=1)
+    policy = Policy(spec, (5,), "tanh", 0.5, normalizer=normalizer)
+    shapes = {name: tuple(p.shape) for name, p in policy.template().items()}
+    own = {name: tuple(p.shape) for name, p in policy.init(torch.Generator()).items()}
+    assert shapes == own | {OBS_MEAN: (3,), OBS_STD: (3,), REWARD_STD: (1,)}
+    plain = Policy(spec, (5,), "tanh", 0.5)
+    assert plain.template().keys() == own.keys()
+
+
+def test_distribution_normalizes_raw_observations():
+    policy = Policy(Spec(3, 2, discrete=False, horizon=1), (5,), "tanh", 0.5)
+    params = expand_members(policy.init(torch.Generator().manual_seed(0)), 2)
+    generator = torch.Generator().manual_seed(1)
+    mean, std = torch.randn(2, 3, generator=generator), torch.rand(2, 3, generator=generator) + 0.5
+    obs = 3.0 * torch.randn(2, 7, 3, generator=generator)
+    obs[0, 0, 0] = 1e6
+    own = (obs - mean.unsqueeze(1)) / std.unsqueeze(1)
+    assert (own.abs() > 10.0).any()
+    expected = policy.distribution(params, own.clamp(-10.0, 10.0)).mean
+    computed = policy.distribution(params | {OBS_MEAN: mean, OBS_STD: std}, obs).mean
+    assert torch.equal(computed, expected)
+    assert not torch.allclose(computed, policy.distribution(params, obs).mean)

@@ -6,7 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learners.core.returns import discounted_returns, gae, reverse_scan, standardise
+from learners.core.returns import (
+    bootstraps,
+    discounted_returns,
+    gae,
+    gae_matrix,
+    reverse_scan,
+    standardise,
+    stream_gae,
+    vtrace,
+)
 from learners.core.trajectory import masked_mean
 
 PROFILE = settings.get_profile("learners")
@@ -158,3 +167,149 @@ def test_member_without_valid_steps_is_zero():
     value, nothing = torch.ones(1, 3, 2), torch.zeros(1, 3, 2)
     assert (standardise(value, nothing) == 0.0).all()
     assert masked_mean(value, nothing).tolist() == [0.0]
+
+
+# --- Streams: episodes follow one another, the chunk ends in the middle of one ---
+
+
+def stream(seed: int, num_members: int = 2, num_steps: int = 9, num_envs: int = 3):
+    """Reward, value, last value, final value, terminated, truncated; both ends occur."""
+    rng = np.random.default_rng(seed)
+    shape = (num_members, num_steps, num_envs)
+    ends = rng.random(shape)
+    arrays = [rng.normal(size=shape), rng.normal(size=shape), rng.normal(size=(shape[0], shape[2]))]
+    arrays += [rng.normal(size=shape), ends < 0.2, (ends >= 0.2) & (ends < 0.4)]
+    return arrays
+
+
+def pieces(terminated, truncated, m: int, e: int):
+    """The steps of each episode, or part of one, in the order of time."""
+    steps = []
+    for t in range(terminated.shape[1]):
+        steps.append(t)
+        if terminated[m, t, e] or truncated[m, t, e] or t == terminated.shape[1] - 1:
+            yield steps
+            steps = []
+
+
+def value_after(arrays, m: int, t: int, e: int):
+    """What is expected after the last step of a piece."""
+    _, _, last_value, final_value, terminated, truncated = arrays
+    if terminated[m, t, e]:
+        return 0.0
+    return final_value[m, t, e] if truncated[m, t, e] else last_value[m, e]
+
+
+def slow_stream_gae(arrays, gamma, lam):
+    """Following values and advantages, each episode by itself."""
+    reward, value, _, _, terminated, truncated = arrays
+    following, advantages = np.zeros_like(reward), np.zeros_like(reward)
+    for m, e in np.ndindex(reward.shape[0], reward.shape[2]):
+        for steps in pieces(terminated, truncated, m, e):
+            tail = [*value[m, steps, e], value_after(arrays, m, steps[-1], e)]
+            deltas = [reward[m, t, e] + gamma * tail[i + 1] - tail[i] for i, t in enumerate(steps)]
+            for i, t in enumerate(steps):
+                following[m, t, e] = tail[i + 1]
+                advantages[m, t, e] = sum(
+                    (gamma * lam) ** k * delta for k, delta in enumerate(deltas[i:])
+                )
+    return following, advantages
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.7), (1.0, 1.0), (0.99, 0.0)])
+def test_bootstraps_and_stream_gae_equal_the_slow_loop(seed, gamma, lam):
+    arrays = stream(seed)
+    reward, value, last_value, final_value, terminated, truncated = tensors(arrays)
+    assert terminated.any()
+    assert truncated.any()
+    expected_next, expected = slow_stream_gae(arrays, gamma, lam)
+    next_value = bootstraps(value, last_value, final_value, terminated, truncated)
+    np.testing.assert_array_equal(next_value.numpy(), expected_next)
+    ended = (terminated | truncated).double()
+    computed = stream_gae(reward, value, next_value, ended, gamma, lam)
+    np.testing.assert_allclose(computed.numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_termination_counts_where_both_ends_are_set():
+    yes, no = torch.tensor([[[True]]]), torch.tensor([[[False]]])
+    one = torch.ones(1, 1, 1)
+    after = [
+        bootstraps(one, 2 * one[:, 0], 3 * one, *ends) for ends in ((yes, yes), (no, yes), (no, no))
+    ]
+    assert [float(value) for value in after] == [0.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.7), (1.0, 1.0), (0.99, 0.0)])
+def test_gae_matrix_is_the_map_from_delta_to_advantage(num_envs, gamma, lam):
+    reward, value, last_value, final_value, terminated, truncated = tensors(
+        stream(4, num_steps=12, num_envs=num_envs)
+    )
+    ended = (terminated | truncated).double()
+    assert ended[:, :-1].any()
+    next_value = bootstraps(value, last_value, final_value, terminated, truncated)
+    expected = stream_gae(reward, value, next_value, ended, gamma, lam)
+    matrix = gae_matrix(ended, gamma, lam)
+    assert matrix.shape == (2, 12 * num_envs, 12 * num_envs)
+    delta = (reward + gamma * next_value - value).flatten(1)
+    computed = (matrix @ delta.unsqueeze(-1)).view_as(expected)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=1e-12)
+
+
+def slow_vtrace(arrays, log_ratio, gamma, max_rho):
+    """Equation 1 as a sum of products, then the advantages."""
+    reward, value, _, _, terminated, truncated = arrays
+    ratio = np.exp(log_ratio)
+    targets, advantages = np.zeros_like(reward), np.zeros_like(reward)
+    for m, e in np.ndindex(reward.shape[0], reward.shape[2]):
+        for steps in pieces(terminated, truncated, m, e):
+            end = value_after(arrays, m, steps[-1], e)
+            tail = [*value[m, steps, e], end]
+            for i, s in enumerate(steps):
+                targets[m, s, e] = value[m, s, e]
+                weight = 1.0
+                for k in range(i, len(steps)):
+                    t = steps[k]
+                    delta = reward[m, t, e] + gamma * tail[k + 1] - tail[k]
+                    rho = min(max_rho, ratio[m, t, e])
+                    targets[m, s, e] += gamma ** (k - i) * weight * rho * delta
+                    weight *= min(1.0, ratio[m, t, e])
+            after = [*targets[m, steps, e], end]
+            for i, s in enumerate(steps):
+                gap = reward[m, s, e] + gamma * after[i + 1] - value[m, s, e]
+                advantages[m, s, e] = min(max_rho, ratio[m, s, e]) * gap
+    return targets, advantages
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("max_rho", [1.0, 0.6, 1.5])
+def test_vtrace_equals_the_slow_loop(seed, max_rho):
+    arrays = stream(seed)
+    log_ratio = np.random.default_rng(seed + 50).normal(size=arrays[0].shape)
+    assert (np.exp(log_ratio) > 1.5).any()
+    expected = slow_vtrace(arrays, log_ratio, 0.9, max_rho)
+    reward, value, last_value, final_value, terminated, truncated = tensors(arrays)
+    next_value = bootstraps(value, last_value, final_value, terminated, truncated)
+    ended = (terminated | truncated).double()
+    computed = vtrace(reward, value, next_value, ended, torch.from_numpy(log_ratio), 0.9, max_rho)
+    for tensor, array in zip(computed, expected, strict=True):
+        np.testing.assert_allclose(tensor.numpy(), array, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_vtrace_on_own_data_is_the_bootstrapped_return(gamma):
+    arrays = stream(3)
+    reward, value, last_value, final_value, terminated, truncated = tensors(arrays)
+    next_value = bootstraps(value, last_value, final_value, terminated, truncated)
+    ended = (terminated | truncated).double()
+    target, advantage = vtrace(reward, value, next_value, ended, torch.zeros_like(reward), gamma)
+    expected = np.zeros_like(arrays[0])
+    for m, e in np.ndindex(2, 3):
+        for steps in pieces(terminated, truncated, m, e):
+            total = value_after(arrays, m, steps[-1], e)
+            for t in reversed(steps):
+                total = arrays[0][m, t, e] + gamma * total
+                expected[m, t, e] = total
+    np.testing.assert_allclose(target.numpy(), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(advantage, target - value, rtol=0, atol=1e-12)

@@ -1,0 +1,143 @@
+"""Pictures of what a learner describes: pure functions from arrays to images.
+
+An image is [H, W, 3] uint8. matplotlib takes a second to import, hence only where something is
+drawn, and without pyplot, which keeps global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Described = Mapping[str, np.ndarray]
+"""What `learners.core.contract.Describes` returned."""
+
+DPI = 100
+"""Pixels of a figure's inch: texts of 11 points are 15 pixels high."""
+
+OPACITY = 0.85
+"""Of the overlay where saliency is largest."""
+
+
+def draw(described: Described) -> dict[str, np.ndarray]:
+    """The images by TensorBoard tag for which `described` has what they show."""
+    images: dict[str, np.ndarray] = {}
+    if "episode_intrinsic" in described:
+        images["lirpg/episode"] = episode(
+            described["episode_intrinsic"], described["episode_extrinsic"]
+        )
+    if "slices" in described:
+        images["lirpg/reward_slices"] = reward_slices(
+            described["slices"], described["slice_velocity"], described["slice_action"]
+        )
+    if "frames" in described:
+        images["lirpg/saliency"] = saliency(
+            described["frames"], described["saliency"], described["frame_reward"]
+        )
+    return images
+
+
+def histograms(described: Described) -> dict[str, np.ndarray]:
+    """The distributions by TensorBoard tag."""
+    name = "intrinsic_reward"
+    return {f"lirpg/{name}": described[name]} if name in described else {}
+
+
+def episode(intrinsic: np.ndarray, extrinsic: np.ndarray) -> np.ndarray:
+    """Both rewards [T] step by step, and their sums so far below; each has a scale of its own."""
+    figure = new_figure(9.0, 6.0)
+    panels = figure.subplots(2, 1, sharex=True)
+    steps = np.arange(1, len(intrinsic) + 1)
+    figure.suptitle(f"Rewards along {len(steps)} steps of the first replica")
+    per_step = (intrinsic, extrinsic, "reward per step")
+    so_far = (np.cumsum(intrinsic), np.cumsum(extrinsic), "sum so far")
+    for axes, (own, other, name) in zip(panels, (per_step, so_far), strict=True):
+        lines = []
+        for side, values, kind, color in (
+            (axes, own, "intrinsic", "tab:blue"),
+            (axes.twinx(), other, "extrinsic", "tab:orange"),
+        ):
+            label = f"{kind} {name}"
+            lines += side.plot(steps, values, color=color, label=label, drawstyle="steps-mid")
+            side.set_ylabel(label, color=color)
+            side.tick_params(axis="y", colors=color)
+            side.margins(x=0.01, y=0.2)
+        axes.legend(handles=lines, loc="upper left", ncols=2)
+        axes.grid(alpha=0.3)
+    panels[1].xaxis.get_major_locator().set_params(integer=True)
+    panels[1].set_xlabel("environment step (the extrinsic reward as it is learned from)")
+    return to_image(figure)
+
+
+def reward_slices(slices: np.ndarray, velocity: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """r_in [A', G, G] over velocity [G] (columns) and each action dimension [G] (rows)."""
+    num_columns = min(len(slices), 3)
+    num_rows = -(-len(slices) // num_columns)
+    figure = new_figure(3.4 * num_columns + 1.2, 3.0 * num_rows + 0.7)
+    panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+    limit = max(float(np.abs(slices).max()), 1e-6)
+    figure.suptitle("Learned reward r_in, all other inputs at their mean; first replica")
+    for number, axes in enumerate(panels.flat):
+        if number >= len(slices):
+            axes.set_visible(False)
+            continue
+        points = (velocity, action, slices[number])
+        shown = axes.pcolormesh(*points, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud")
+        if slices[number].min() < slices[number].max():
+            axes.contour(*points, colors="black", linewidths=0.6, alpha=0.6)
+        axes.set_title(f"action dimension {number}", fontsize=11)
+    figure.supxlabel("forward velocity (standard deviations from its mean)", fontsize=11)
+    figure.supylabel("action (units of the action space)", fontsize=11)
+    figure.colorbar(shown, ax=panels, label="r_in per step", fraction=0.04, pad=0.02)
+    return to_image(figure)
+
+
+def saliency(frames: np.ndarray, strength: np.ndarray, reward: np.ndarray) -> np.ndarray:
+    """Frames [8, H, W] under a red overlay of |∂r_in/∂pixel|, with r_in [8] above each.
+
+    All share one scale; it ends at the 99.5 % quantile, so that no single pixel sets it.
+    """
+    num_columns = min(len(frames), 4)
+    num_rows = -(-len(frames) // num_columns)
+    figure = new_figure(2.5 * num_columns + 1.2, 2.7 * num_rows + 0.5)
+    panels = figure.subplots(num_rows, num_columns, squeeze=False)
+    limit = max(float(np.quantile(strength, 0.995)), float(np.finfo(np.float32).tiny))
+    figure.suptitle("Pixels that the learned reward r_in of the action taken depends on")
+    for number, axes in enumerate(panels.flat):
+        axes.set_axis_off()
+        if number >= len(frames):
+            continue
+        axes.imshow(frames[number], cmap="gray", vmin=0, vmax=255)
+        shown = axes.imshow(strength[number], cmap=red(), vmin=0.0, vmax=limit)
+        axes.set_title(f"r_in = {reward[number]:+.3f}", fontsize=11)
+    label = "|∂r_in/∂pixel| per grey level of 255"
+    bar = figure.colorbar(shown, ax=panels, label=label, fraction=0.03, pad=0.02)
+    bar.formatter.set_powerlimits((-2, 2))
+    return to_image(figure)
+
+
+def red() -> Any:
+    """A colour map from transparent to red."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list(
+        "red", [(1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, OPACITY)]
+    )
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, inches, that lays itself out."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def to_image(figure: Any) -> np.ndarray:
+    """The figure's pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
