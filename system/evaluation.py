@@ -16,7 +16,11 @@ from system.statistics import iqm, mean_ci
 
 
 def summarise(
-    preset: str, tasks: Sequence[Task], curve: np.ndarray, held_out: bool
+    preset: str,
+    tasks: Sequence[Task],
+    curve: np.ndarray,
+    held_out: bool,
+    replicas: bool = False,
 ) -> dict[str, Any]:
     """The object that `evaluate --json` prints.
 
@@ -26,6 +30,7 @@ def summarise(
         curve: mean raw return of each task after 0 … K inner updates, [M, K+1].
         held_out: whether training could not have drawn these tasks; where it could, there are
             only a few, and each is reported apart under "groups".
+        replicas: whether the members are independent runs of one method on their own tasks.
     """
     result: dict[str, Any] = {
         "preset": preset,
@@ -34,6 +39,8 @@ def summarise(
         "adapt": adaptation(curve),
         "gain": interval(curve[:, 1] - curve[:, 0]) if curve.shape[1] > 1 else None,
     }
+    if replicas:
+        return result | {"replicas": len(tasks), "held_out": False}
     if not held_out:
         result["groups"] = [group(tasks, curve, key) for key in sorted(set(map(task_key, tasks)))]
     else:
@@ -87,6 +94,8 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     """Returns before and after adaptation, for people."""
     console = console or Console()
     what = "held-out tasks" if result["held_out"] else "members, tasks that training knows too"
+    if "replicas" in result:
+        what = "replicas, each on episodes of its own"
     table = Table(title=f"{result['preset']}: return of {result['tasks']} {what}")
     for name in ("task", "inner updates", "mean", "95 % interval", "IQM"):
         table.add_column(name, justify="left" if name == "task" else "right")

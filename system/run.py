@@ -245,7 +245,9 @@ def stop(folder: Path, counters: Counters, skipped: SkippedUpdate) -> NoReturn:
 def evaluate_now(config: RunConfig, loop: Loop) -> dict[str, Any]:
     """Adapts to evaluation tasks with what is learned so far."""
     tasks, curve = loop.evaluate(config.eval_tasks)
-    return evaluation.summarise(config.preset, tasks, curve, loop.family.finite_tasks is None)
+    replicas = loop.plan.num_stream_steps is not None
+    held_out = loop.family.finite_tasks is None
+    return evaluation.summarise(config.preset, tasks, curve, held_out, replicas)
 
 
 def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:

@@ -91,3 +91,11 @@ def test_scalars_for_tensorboard():
         "eval/gain_ci95_low": 5.0,
         "eval/gain_ci95_high": 5.0,
     }
+
+
+def test_replicas_are_named_as_such():
+    result = evaluation.summarise("p", DIRECTIONS, CURVE[:, :1], held_out=True, replicas=True)
+    assert result["replicas"] == result["tasks"] == len(DIRECTIONS)
+    assert not result["held_out"]
+    assert "groups" not in result
+    assert "replicas, each on episodes of its own" in shown(result)
