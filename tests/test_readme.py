@@ -110,8 +110,10 @@ def check_tensorboard(line: str, folder: Path) -> None:
         finally:
             server.terminate()
             server.wait(30)
-    (run_tags,) = tags.values()
-    assert {"adapt/gain", "adapt/ep_rew_mean_0", "eval/gain"} <= set(run_tags)
+    of_run = {Path(name).parts[0]: set(found) for name, found in tags.items()}
+    adapting = of_run["maml-trpo-navigation-2d-seed0"]
+    assert {"adapt/gain", "adapt/ep_rew_mean_0", "eval/gain"} <= adapting
+    assert {"rollout/ep_rew_mean", "eval/ep_rew_mean_0"} <= of_run["ppo-cartpole-seed0"]
 
 
 @pytest.mark.slow

@@ -70,10 +70,9 @@ def shown(values: np.ndarray) -> str:
 
 def table(data: dict[str, dict[str, Any]]) -> None:
     """Prints the comparison, as Markdown."""
-    print(
-        "| robot | method | replicas | steps | last 100 episodes | area | P(above PPO), end | area |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    heads = ["robot", "method", "replicas", "steps", "last 100 episodes", "area"]
+    heads += ["P(above PPO), end", "P(above PPO), area"]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for robot, methods in data.items():
         for name, (steps, values) in methods.items():
             area, end = values.mean(1), values[:, -1]
