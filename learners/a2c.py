@@ -17,73 +17,32 @@ import torch
 from torch import Tensor
 
 from learners.config import A2cConfig
-from learners.core.actor_critic import POLICY, ActorCritic, decayed, part, rollout, stack, values
+from learners.core.actor_critic import decayed, rollout, stack, values
 from learners.core.contract import Agents, State, check_params
 from learners.core.optim import RMSProp, clip_by_norm
 from learners.core.params import detach, gradients, leaves
-from learners.core.policy import Policy
+from learners.core.replicas import Replicas
 from learners.core.returns import vtrace
-from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
 
 OPTIMIZER = RMSProp(decay=0.99, eps=1e-5)
 
 
 @dataclass(frozen=True)
-class A2c:
+class A2c(Replicas):
     """The learner; see the head of the module."""
 
     config: A2cConfig
-    spec: Spec
-
-    @property
-    def networks(self) -> ActorCritic:
-        """Policy and value."""
-        return ActorCritic.of(self.config, self.spec)
-
-    @property
-    def policy(self) -> Policy:
-        """What acts."""
-        return self.networks.policy
-
-    @property
-    def num_inner_updates(self) -> int:
-        """0: the one batch is the update's own."""
-        return 0
-
-    @property
-    def num_evaluation_updates(self) -> int:
-        """0."""
-        return 0
-
-    @property
-    def num_stream_steps(self) -> int:
-        """T."""
-        return self.config.num_steps
 
     def init(self, seeds: Sequence[int]) -> State:
         """Each replica's networks from its own seed."""
-        members = [self.networks.init(torch.Generator().manual_seed(seed)) for seed in seeds]
-        params = stack(members)
+        params = stack([self.networks.init(torch.Generator().manual_seed(s)) for s in seeds])
         state = {
             "params": params,
             "optimizer": OPTIMIZER.init(params),
-            "counters": {"num_updates": torch.zeros(1, dtype=torch.int64)},
+            "counters": self.counters(seeds),
         }
-        normalizer = self.policy.normalizer
-        if normalizer is not None:
-            state["statistics"] = normalizer.init(len(seeds), self.spec.obs_size)
-        return state
-
-    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
-        """All replicas go on."""
-        acting = part(state["params"], POLICY) | self.statistics(state)
-        return [False] * num_members, Agents(acting, {}, 0)
-
-    def inner_update(
-        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
-    ) -> Agents:
-        """There are none."""
-        raise NotImplementedError
+        return state | self.first_statistics(len(seeds))
 
     def meta_update(
         self,
@@ -98,22 +57,11 @@ class A2c:
         loss, metrics = self.loss(params, batch, self.statistics(state))
         grads, norm = clip_by_norm(gradients(loss.sum(), params), c.max_grad_norm)
         num_updates = state["counters"]["num_updates"]
-        lr = decayed(c.lr, int(num_updates), c.lr_decay_updates)
+        lr = decayed(c.lr, int(num_updates[0]), c.lr_decay_updates)
         new, slots = OPTIMIZER.update(detach(params), grads, state["optimizer"], lr)
         check_params(new, "params")
-        after = state | {
-            "params": new,
-            "optimizer": slots,
-            "counters": {"num_updates": num_updates + 1},
-        }
-        if self.policy.normalizer is not None:
-            after["statistics"] = self.policy.normalizer.merge(state["statistics"], batch)
+        after = self.updated(state, batch, {"params": new, "optimizer": slots})
         return after, metrics | {"meta/grad_norm": float(norm.mean())}
-
-    def statistics(self, state: State) -> Params:
-        """The normalizer's entries of the acting parameters."""
-        normalizer = self.policy.normalizer
-        return {} if normalizer is None else normalizer.entries(state["statistics"])
 
     def loss(self, params: Params, batch: Trajectory, statistics: Params) -> tuple[Tensor, Metrics]:
         """Loss of each replica [M], with gradient to `params`, and its parts."""

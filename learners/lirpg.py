@@ -37,16 +37,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from learners.config import LirpgConfig
-from learners.core import networks
 from learners.core.actor_critic import (
     POLICY,
-    ActorCritic,
     clipped_surrogate,
     clipped_value_loss,
     decayed,
     minibatches,
     part,
-    prefixed,
     rollout,
     stack,
     standardise_rows,
@@ -56,12 +53,13 @@ from learners.core.actor_critic import (
     values,
 )
 from learners.core.contract import Agents, State, check_params
+from learners.core.intrinsic import IntrinsicReward
 from learners.core.optim import Adam, Optimizer, RMSProp, clip_by_norm
 from learners.core.params import flatten_members, unflatten_members
-from learners.core.policy import Policy
+from learners.core.replicas import Replicas
 from learners.core.returns import gae_matrix, stream_gae
 from learners.core.reward_description import describe_reward
-from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
 
 REWARD, EXTRINSIC = "reward.", "extrinsic."
 
@@ -73,7 +71,7 @@ METRICS_EVERY = 20
 class Window:
     """A rollout's constants, all steps: N = T·E."""
 
-    pair: Tensor  # [M, N, O + A], what r_in sees; observations alone where actions are discrete
+    seen: Tensor  # [M, N, O + A], what r_in sees; observations alone where actions are discrete
     action: Tensor  # [M, N, A] or [M, N]
     fixed: Tensor  # [M, N], c_ex r_ex + γ V_mix(s') − V_mix(s)
     matrix: Tensor  # [M, N, N], W
@@ -104,21 +102,15 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Lirpg:
-    """The learner; see the head of the module."""
+class Lirpg(Replicas):
+    """The learner; see the head of the module. "params" are π and v_mix."""
 
     config: LirpgConfig
-    spec: Spec
 
     @property
-    def networks(self) -> ActorCritic:
-        """π and v_mix."""
-        return ActorCritic.of(self.config, self.spec)
-
-    @property
-    def policy(self) -> Policy:
-        """What acts."""
-        return self.networks.policy
+    def intrinsic(self) -> IntrinsicReward:
+        """r_in and v_ex."""
+        return IntrinsicReward(self.networks)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -130,53 +122,21 @@ class Lirpg:
         """Half-width of PPO's interval; None in the a2c form."""
         return self.config.clip_ratio if self.config.form == "ppo" else None
 
-    @property
-    def num_inner_updates(self) -> int:
-        """0: the one batch serves inner and outer updates."""
-        return 0
-
-    @property
-    def num_evaluation_updates(self) -> int:
-        """0."""
-        return 0
-
-    @property
-    def num_stream_steps(self) -> int:
-        """T."""
-        return self.config.num_steps
-
     # --- The contract ---
 
     def init(self, seeds: Sequence[int]) -> State:
         """Each replica's four networks from its own seed."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         params = stack([self.networks.init(generator) for generator in generators])
-        meta_params = stack([self.init_intrinsic(generator) for generator in generators])
+        meta_params = stack([self.intrinsic.init(generator) for generator in generators])
         state = {
             "params": params,
             "meta_params": meta_params,
             "optimizer": self.optimizer.init({"flat": flatten_members(params)}),
             "meta_optimizer": self.optimizer.init({"flat": flatten_members(meta_params)}),
-            "counters": {
-                "seed": torch.tensor(seeds, dtype=torch.int64),
-                "num_updates": torch.zeros(len(seeds), dtype=torch.int64),
-            },
+            "counters": self.counters(seeds),
         }
-        normalizer = self.policy.normalizer
-        if normalizer is not None:
-            state["statistics"] = normalizer.init(len(seeds), self.spec.obs_size)
-        return state
-
-    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
-        """All replicas go on."""
-        acting = part(state["params"], POLICY) | self.statistics(state)
-        return [False] * num_members, Agents(acting, {}, 0)
-
-    def inner_update(
-        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
-    ) -> Agents:
-        """There are none beside those of `meta_update`."""
-        raise NotImplementedError
+        return state | self.first_statistics(len(seeds))
 
     def meta_update(
         self,
@@ -210,21 +170,18 @@ class Lirpg:
                 theta, eta, slots = step.params, updated["flat"], step.slots
             for name, value in (step.metrics() | {"meta/grad_norm": norm}).items():
                 totals[name] = totals.get(name, 0.0) + float(value.mean()) / c.num_epochs
-        after = state | {
+        groups = {
             "params": unflatten_members(theta, window.like),
             "meta_params": unflatten_members(eta, window.meta_like),
             "optimizer": slots,
             "meta_optimizer": meta_slots,
-            "counters": counters | {"num_updates": count + 1},
         }
         for group in ("params", "meta_params"):
-            check_params(after[group], group)
-        if self.policy.normalizer is not None:
-            after["statistics"] = self.policy.normalizer.merge(state["statistics"], batch)
-        metrics = totals
+            check_params(groups[group], group)
+        after = self.updated(state, batch, groups)
         if c.form == "ppo" or int(count[0]) % METRICS_EVERY == 0:
-            metrics |= self.reward_metrics(after, window, shuffled[0])
-        return after, metrics
+            totals |= self.reward_metrics(after, window, shuffled[0])
+        return after, totals
 
     def describe(self, state: State, batch: Trajectory) -> dict[str, Tensor]:
         """What r_in of the first replica says of its rollout; see `reward_description`."""
@@ -232,8 +189,8 @@ class Lirpg:
         meta_params = first_member(state["meta_params"])
 
         def reward(obs: Tensor, action: Tensor) -> Tensor:
-            pair = self.pair(obs, action).unsqueeze(0)
-            return self.intrinsic(meta_params, pair, action.unsqueeze(0)).squeeze(0)
+            seen = self.intrinsic.seen(obs, action).unsqueeze(0)
+            return self.intrinsic.reward(meta_params, seen, action.unsqueeze(0)).squeeze(0)
 
         return describe_reward(self.spec, reward, batch.members(0, 1), statistics)
 
@@ -319,7 +276,7 @@ class Lirpg:
         self, meta_params: Params, window: Window, rows: Tensor, b: Steps
     ) -> tuple[Tensor, Tensor]:
         """Advantages and returns of the mixed reward, [M, B], with gradient to r_in."""
-        intrinsic = self.intrinsic(meta_params, window.pair, window.action)
+        intrinsic = self.intrinsic.reward(meta_params, window.seen, window.action)
         delta = self.config.intrinsic_coef * intrinsic + window.fixed
         advantage = advantages_of(delta, window, rows)
         returns = advantage + b.mixed_value
@@ -339,7 +296,7 @@ class Lirpg:
 
     def extrinsic_value_loss(self, meta_params: Params, b: Steps) -> Tensor:
         """Loss of v_ex of each replica, [M]."""
-        value = self.extrinsic(meta_params, b.obs)
+        value = self.intrinsic.value(meta_params, b.obs)
         return clipped_value_loss(value, b.value, b.returns, self.clip_ratio).mean(1)
 
     # --- Parts ---
@@ -353,7 +310,7 @@ class Lirpg:
             lambda obs: self.networks.value(params, obs), data, batch, statistics
         )
         own, own_next = values(
-            lambda obs: self.extrinsic(meta_params, obs), data, batch, statistics
+            lambda obs: self.intrinsic.value(meta_params, obs), data, batch, statistics
         )
         lam = c.gae_lambda if c.form == "ppo" else 1.0
         advantage = stream_gae(data.reward, own, own_next, data.ended, c.gamma, lam)
@@ -369,7 +326,7 @@ class Lirpg:
         )
         matrix = gae_matrix(data.ended, c.gamma, lam)
         return Window(
-            self.pair(data.obs, data.action),
+            self.intrinsic.seen(data.obs, data.action),
             data.action,
             fixed.flatten(1),
             matrix,
@@ -378,47 +335,11 @@ class Lirpg:
             one_member(meta_params),
         )
 
-    def init_intrinsic(self, generator: torch.Generator) -> Params:
-        """η of one replica: r_in, one output per action where they are discrete, and v_ex."""
-        spec, hidden = self.spec, self.config.hidden
-        outputs = spec.action_size if spec.discrete else 1
-        if spec.image is not None:
-            reward = networks.init_cnn(spec.image, outputs, generator, 1.0)
-            value = networks.init_mlp([networks.CNN_WIDTH, 1], generator, "orthogonal")
-        else:
-            seen = spec.obs_size + (0 if spec.discrete else spec.action_size)
-            reward = networks.init_mlp([seen, *hidden, outputs], generator, "orthogonal")
-            value = networks.init_mlp([spec.obs_size, *hidden, 1], generator, "orthogonal")
-        return prefixed(reward, REWARD) | prefixed(value, EXTRINSIC)
-
-    def pair(self, obs: Tensor, action: Tensor) -> Tensor:
-        """What r_in sees of normalized observations and actions, […, O + A] or […, O]."""
-        return obs if self.spec.discrete else torch.cat([obs, action], -1)
-
-    def intrinsic(self, meta_params: Params, pair: Tensor, action: Tensor) -> Tensor:
-        """r_in in [−1, 1] of every step, [M, N]."""
-        params = part(meta_params, REWARD)
-        outputs = networks.head(params, self.policy.features(params, pair))
-        if not self.spec.discrete:
-            return networks.tanh(outputs.squeeze(-1))
-        return networks.tanh(outputs.gather(-1, action.unsqueeze(-1)).squeeze(-1))
-
-    def extrinsic(self, meta_params: Params, obs: Tensor) -> Tensor:
-        """v_ex, [M, N]; a head on r_in's trunk where observations are pixels."""
-        if self.spec.image is not None:
-            obs = self.policy.features(part(meta_params, REWARD), obs)
-        return networks.mlp(part(meta_params, EXTRINSIC), obs, self.networks.trunk).squeeze(-1)
-
-    def statistics(self, state: State) -> Params:
-        """The normalizer's entries of the acting parameters."""
-        normalizer = self.policy.normalizer
-        return {} if normalizer is None else normalizer.entries(state["statistics"])
-
     def reward_metrics(self, state: State, window: Window, rows: Tensor) -> Metrics:
         """What r_in says, and how its policy gradient lies to the extrinsic one's."""
         params, meta_params = state["params"], state["meta_params"]
         with torch.no_grad():
-            reward = self.intrinsic(meta_params, window.pair, window.action)
+            reward = self.intrinsic.reward(meta_params, window.seen, window.action)
             own = advantages_of(reward, window, rows)
         b = window.steps.rows(rows)
         acting = part(params, POLICY)

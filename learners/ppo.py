@@ -23,13 +23,10 @@ from torch import Tensor
 
 from learners.config import PpoConfig
 from learners.core.actor_critic import (
-    POLICY,
-    ActorCritic,
     clipped_surrogate,
     clipped_value_loss,
     decayed,
     minibatches,
-    part,
     rollout,
     stack,
     standardise_rows,
@@ -39,9 +36,9 @@ from learners.core.actor_critic import (
 from learners.core.contract import Agents, State, check_params
 from learners.core.optim import Adam, clip_by_norm
 from learners.core.params import flatten_members, leaves, unflatten_members
-from learners.core.policy import Policy
+from learners.core.replicas import Replicas
 from learners.core.returns import stream_gae
-from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
 
 OPTIMIZER = Adam(eps=1e-5)
 
@@ -59,64 +56,20 @@ class Minibatch:
 
 
 @dataclass(frozen=True)
-class Ppo:
+class Ppo(Replicas):
     """The learner; see the head of the module."""
 
     config: PpoConfig
-    spec: Spec
-
-    @property
-    def networks(self) -> ActorCritic:
-        """Policy and value."""
-        return ActorCritic.of(self.config, self.spec)
-
-    @property
-    def policy(self) -> Policy:
-        """What acts."""
-        return self.networks.policy
-
-    @property
-    def num_inner_updates(self) -> int:
-        """0: the one batch is the update's own."""
-        return 0
-
-    @property
-    def num_evaluation_updates(self) -> int:
-        """0."""
-        return 0
-
-    @property
-    def num_stream_steps(self) -> int:
-        """T."""
-        return self.config.num_steps
 
     def init(self, seeds: Sequence[int]) -> State:
         """Each replica's networks from its own seed."""
-        members = [self.networks.init(torch.Generator().manual_seed(seed)) for seed in seeds]
-        params = stack(members)
+        params = stack([self.networks.init(torch.Generator().manual_seed(s)) for s in seeds])
         state = {
             "params": params,
             "optimizer": OPTIMIZER.init({"flat": flatten_members(params)}),
-            "counters": {
-                "seed": torch.tensor(seeds, dtype=torch.int64),
-                "num_updates": torch.zeros(len(seeds), dtype=torch.int64),
-            },
+            "counters": self.counters(seeds),
         }
-        normalizer = self.policy.normalizer
-        if normalizer is not None:
-            state["statistics"] = normalizer.init(len(seeds), self.spec.obs_size)
-        return state
-
-    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
-        """All replicas go on."""
-        acting = part(state["params"], POLICY) | self.statistics(state)
-        return [False] * num_members, Agents(acting, {}, 0)
-
-    def inner_update(
-        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
-    ) -> Agents:
-        """There are none."""
-        raise NotImplementedError
+        return state | self.first_statistics(len(seeds))
 
     def meta_update(
         self,
@@ -161,19 +114,8 @@ class Ppo:
                 totals[name] = totals.get(name, 0.0) + value.detach().mean()  # type: ignore[assignment]
         new = unflatten_members(theta["flat"], like)
         check_params(new, "params")
-        after = state | {
-            "params": new,
-            "optimizer": slots,
-            "counters": counters | {"num_updates": count + 1},
-        }
-        if self.policy.normalizer is not None:
-            after["statistics"] = self.policy.normalizer.merge(state["statistics"], batch)
+        after = self.updated(state, batch, {"params": new, "optimizer": slots})
         return after, {name: float(total) / len(shuffled) for name, total in totals.items()}
-
-    def statistics(self, state: State) -> Params:
-        """The normalizer's entries of the acting parameters."""
-        normalizer = self.policy.normalizer
-        return {} if normalizer is None else normalizer.entries(state["statistics"])
 
     def loss(self, params: Params, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each replica on its minibatch [M], with gradient to `params`, and its parts."""

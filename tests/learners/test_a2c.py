@@ -81,7 +81,7 @@ def test_gradient_equals_that_of_the_plain_loss_and_finite_differences(discrete,
     loss, metrics = learner.loss(unflatten_members(theta, like), batch, {})
     expected = plain_loss(learner, unflatten_members(theta, like), batch, targets)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
-    assert metrics["meta/loss"] == pytest.approx(float(expected.mean()))
+    assert metrics["meta/loss"] == pytest.approx(float(expected.detach().mean()))
     (own,) = torch.autograd.grad(loss.sum(), theta)
     (other,) = torch.autograd.grad(expected.sum(), theta)
     torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
@@ -112,7 +112,7 @@ def test_update_is_a_step_of_rmsprop_on_the_plain_loss(max_grad_norm):
             torch.testing.assert_close(after["params"][name][m], expected, rtol=0, atol=1e-11)
             torch.testing.assert_close(after["optimizer"][f"ms.{name}"][m], ms)
     assert metrics["meta/grad_norm"] == pytest.approx(sum(norms) / 2)
-    assert after["counters"]["num_updates"].tolist() == [1]
+    assert after["counters"]["num_updates"].tolist() == [1] * len(after["counters"]["num_updates"])
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -143,7 +143,7 @@ def test_update_is_a_function():
             assert torch.equal(p, second[group][name])
             assert torch.equal(state[group][name], before[0][group][name])
             assert not p.requires_grad
-            assert not torch.equal(p, state[group][name])
+            assert torch.equal(p, state[group][name]) is (name == "seed")
     for name, tensor in vars(batch).items():
         assert torch.equal(tensor, getattr(before[1], name))
 

@@ -16,10 +16,11 @@ from learners.core.actor_critic import (
     values,
 )
 from learners.core.errors import ConfigError, NonFiniteError
+from learners.core.intrinsic import EXTRINSIC, REWARD
 from learners.core.params import flatten_members, unflatten_members
 from learners.core.returns import stream_gae
 from learners.core.trajectory import Spec
-from learners.lirpg import EXTRINSIC, REWARD, Lirpg
+from learners.lirpg import Lirpg
 from tests.learners.core.test_actor_critic import (
     chain_probabilities,
     copied,
@@ -81,7 +82,9 @@ class Problem:
         mixed = values(
             lambda obs: self.learner.networks.value(state["params"], obs), data, batch, {}
         )
-        own = values(lambda obs: self.learner.extrinsic(state["meta_params"], obs), data, batch, {})
+        own = values(
+            lambda obs: self.learner.intrinsic.value(state["meta_params"], obs), data, batch, {}
+        )
         advantage = stream_gae(data.reward, *own, data.ended, c.gamma, lam)
         return data, lam, mixed, advantage, own[0]
 
@@ -99,7 +102,7 @@ class Problem:
         learner, c, clip = self.learner, self.learner.config, self.learner.clip_ratio
         data, lam, (value, following), *_ = self.rollout()
         meta_params = unflatten_members(eta, self.window.meta_like)
-        own = learner.intrinsic(meta_params, self.window.pair, data.action).view_as(value)
+        own = learner.intrinsic.reward(meta_params, self.window.seen, data.action).view_as(value)
         reward = c.extrinsic_coef * data.reward + c.intrinsic_coef * own
         whole = stream_gae(reward, value, following, data.ended, c.gamma, lam)
         advantage, old = self.minibatch(whole).detach(), self.minibatch(value)
@@ -129,7 +132,7 @@ class Problem:
 
     def value_loss(self, eta: torch.Tensor) -> torch.Tensor:
         *_, advantage, own = self.rollout()
-        value = self.learner.extrinsic(
+        value = self.learner.intrinsic.value(
             unflatten_members(eta, self.window.meta_like), self.minibatch(self.batch.obs)
         )
         old, returns = self.minibatch(own), self.minibatch(advantage + own)

@@ -76,7 +76,7 @@ def direct(learner, state, obs, action):
     obs = normalize_obs(statistics, obs.unsqueeze(0))
     action = action.unsqueeze(0)
     pair = obs if learner.spec.discrete else torch.cat([obs, action], -1)
-    return learner.intrinsic(meta_params, pair, action)[0]
+    return learner.intrinsic.reward(meta_params, pair, action)[0]
 
 
 def test_only_learners_with_something_to_show_describe():

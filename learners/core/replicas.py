@@ -1,0 +1,89 @@
+"""What learners on streams share: independent replicas that go on for ever and adapt online."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from learners.config import ActorCriticSettings
+from learners.core.actor_critic import POLICY, ActorCritic, part
+from learners.core.contract import Agents, State
+from learners.core.policy import Policy
+from learners.core.trajectory import Params, Spec, Trajectory
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The half of the contract that no method changes: no inner updates, all members go on.
+
+    State groups: "params" (policy and value of every replica), "counters" (each replica's seed and
+    number of updates) and, where something is normalized, "statistics". A method adds its own.
+    """
+
+    config: ActorCriticSettings
+    spec: Spec
+
+    @property
+    def networks(self) -> ActorCritic:
+        """Policy and value."""
+        return ActorCritic.of(self.config, self.spec)
+
+    @property
+    def policy(self) -> Policy:
+        """What acts."""
+        return self.networks.policy
+
+    @property
+    def num_inner_updates(self) -> int:
+        """0: the one batch is the update's own."""
+        return 0
+
+    @property
+    def num_evaluation_updates(self) -> int:
+        """0."""
+        return 0
+
+    @property
+    def num_stream_steps(self) -> int:
+        """T."""
+        return self.config.num_steps
+
+    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
+        """All replicas go on."""
+        acting = part(state["params"], POLICY) | self.statistics(state)
+        return [False] * num_members, Agents(acting, {}, 0)
+
+    def inner_update(
+        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+    ) -> Agents:
+        """There are none."""
+        raise NotImplementedError
+
+    def counters(self, seeds: Sequence[int]) -> Params:
+        """Each replica's seed, and how many rollouts it has learned from."""
+        return {
+            "seed": torch.tensor(seeds, dtype=torch.int64),
+            "num_updates": torch.zeros(len(seeds), dtype=torch.int64),
+        }
+
+    def first_statistics(self, num_replicas: int) -> State:
+        """The group "statistics" before training, where there is one."""
+        normalizer = self.policy.normalizer
+        if normalizer is None:
+            return {}
+        return {"statistics": normalizer.init(num_replicas, self.spec.obs_size)}
+
+    def statistics(self, state: State) -> Params:
+        """The normalizer's entries of the acting parameters."""
+        normalizer = self.policy.normalizer
+        return {} if normalizer is None else normalizer.entries(state["statistics"])
+
+    def updated(self, state: State, batch: Trajectory, groups: State) -> State:
+        """The state with new groups, one update more, and the rollout in the statistics."""
+        count = state["counters"]["num_updates"] + 1
+        after = state | groups | {"counters": state["counters"] | {"num_updates": count}}
+        if self.policy.normalizer is not None:
+            after["statistics"] = self.policy.normalizer.merge(state["statistics"], batch)
+        return after
