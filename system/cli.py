@@ -312,7 +312,8 @@ def parse_like(sample: Any, text: str, flag: str) -> TaskOption:
             return int(text)
         return float(text) if isinstance(sample, float) else text
     except ValueError:
-        raise ConfigError(f"{flag} takes a {type(sample).__name__}, not {text!r}") from None
+        wanted = "a whole number" if isinstance(sample, int) else "a number"
+        raise ConfigError(f"{flag} takes {wanted}, not {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether the replicas of a run fit in memory, before anything starts."""
+"""Whether a run's replicas can be, and fit in memory, before anything starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def replica_bytes(config: RunConfig, spec: Spec) -> int:
 
 
 def check_replicas(config: RunConfig, spec: Spec, available: int | None = None) -> None:
-    """Refuses replicas that do not fit.
+    """Refuses replicas that do not fit, or that pixels do not allow.
 
     Args:
         config: the run.
@@ -36,10 +36,16 @@ def check_replicas(config: RunConfig, spec: Spec, available: int | None = None) 
         available: bytes of free memory; by default what the machine has.
 
     Raises:
-        ConfigError: they do not; the message says how many would.
+        ConfigError: they do not, and the message says how many would; or several are to learn from
+            pixels.
     """
     if isinstance(config.learner, MamlTrpoConfig):
         return
+    if spec.image is not None and config.num_members > 1:
+        raise ConfigError(
+            f"--num-members {config.num_members}: a run on pixels has one replica; start one run "
+            "for each, with its own --seed"
+        )
     free = psutil.virtual_memory().available if available is None else available
     each = replica_bytes(config, spec)
     if each * config.num_members <= free:

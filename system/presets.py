@@ -86,7 +86,7 @@ def ant(task: str, doc: str) -> Callable[[], RunConfig]:
             task=task,
             learner=replace(MAML, gamma=0.95),
             task_options={"action_scale": 0.15, "horizon": 100},
-            iterations=126,
+            iterations=132,
             num_members=10,
             num_envs=40,
             members_per_slot=1,

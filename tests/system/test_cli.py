@@ -137,7 +137,7 @@ def test_three_closest_are_named_where_there_are_three(metaloop):
         (["--backend", "mpi"], "mpi"),
         (["--inner-lr", "-1"], "inner_lr must be above 0, not -1"),
         (["--gamma", "1.5"], r"gamma must lie in \[0, 1\], not 1.5"),
-        (["--task.horizon", "long"], "--task.horizon takes a int, not 'long'"),
+        (["--task.horizon", "long"], "--task.horizon takes a whole number, not 'long'"),
         (["--task.horizon"], "--task.horizon needs a value"),
         (["--task.horizon", "0"], "horizon must be a whole number of at least 1, not 0"),
         (["--task", "nowhere:Family"], "the module 'nowhere' cannot be imported"),

@@ -42,3 +42,10 @@ def test_methods_that_adapt_on_whole_episodes_are_not_asked(tiny_run):
 def test_this_machines_memory_is_what_counts_by_default(run_of):
     with pytest.raises(ConfigError, match="would fit"):
         check_replicas(run_of(LirpgConfig(), 10**7), SPEC)
+
+
+def test_several_replicas_on_pixels_are_refused(run_of):
+    pixels = Spec(4 * 84 * 84, 4, discrete=True, horizon=1000, image=(4, 84, 84))
+    check_replicas(run_of(PpoConfig(), 1), pixels)
+    with pytest.raises(ConfigError, match="--num-members 2: a run on pixels has one replica"):
+        check_replicas(run_of(PpoConfig(), 2), pixels)
