@@ -241,7 +241,7 @@ class Lirpg(Replicas):
         grad.requires_grad_()
         clipped, norm = clip_by_norm({"flat": grad}, c.max_grad_norm)
         stepped, new_slots = self.optimizer.update({"flat": theta.detach()}, clipped, slots, lr)
-        log_ratio = self.log_ratio(stepped["flat"], window.like, b)
+        log_ratio = self.log_ratio(stepped["flat"], window, b)
         target = self.extrinsic_advantage(b)
         with torch.no_grad():
             outer_slope = surrogate_slope(log_ratio, target, clip) * target / size
@@ -284,9 +284,12 @@ class Lirpg(Replicas):
             advantage = standardise_rows(advantage)
         return advantage, returns
 
-    def log_ratio(self, theta: Tensor, like: Params, b: Steps) -> Tensor:
-        """Log π_θ − log π_old of each step, [M, B], with gradient to θ [M, P]."""
-        acting = part(unflatten_members(theta, like), POLICY)
+    def log_ratio(self, theta: Tensor, window: Window, b: Steps) -> Tensor:
+        """log π_θ − log π_old of each step, [M, B], with gradient to θ [M, P]."""
+        # Entries are in the order of their names: the policy's come first.
+        like = part(window.like, POLICY)
+        size = sum(p.numel() for p in like.values())
+        acting = unflatten_members(theta[:, :size], like)
         dist = self.policy.read_out(acting, self.policy.features(acting, b.obs))
         return dist.log_prob(b.action) - b.log_prob
 

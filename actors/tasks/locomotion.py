@@ -188,6 +188,7 @@ class _PlanarEnv(MujocoBatch):
     xml_file: str
     control_cost: float
     velocity_limit: float = np.inf
+    can_fall = True
 
     def __init__(self, spec: Spec, num_envs: int) -> None:
         super().__init__(self.xml_file, num_envs, spec, action_scale=1.0)
@@ -206,8 +207,7 @@ class _PlanarEnv(MujocoBatch):
 
     def reward(self, velocity: Array, control: Array) -> Array:
         """Forward speed, and 1 where the robot can fall and has not, less the effort."""
-        alive = self.alive()
-        gain = velocity if alive is None else velocity + alive
+        gain = velocity + self.standing if self.can_fall else velocity
         return gain - self.control_cost * _float32_effort(control)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -238,6 +238,7 @@ class HalfCheetahEnv(_PlanarEnv):
 
     xml_file = "half_cheetah.xml"
     control_cost = 0.1
+    can_fall = False
 
 
 class Walker2dEnv(_PlanarEnv):
@@ -269,7 +270,7 @@ class AntEnv(AntBatch):
         """Forward speed and 1 where healthy, less the costs of control and contact."""
         contact: Array = np.square(self.clipped_contact()).sum(1)
         costs = 0.5 * _float32_effort(control) + CONTACT_COST * contact
-        reward: Array = velocity + self.alive() - costs
+        reward: Array = velocity + self.standing - costs
         return reward
 
 
@@ -326,7 +327,7 @@ class HumanoidEnv(MujocoBatch):
         forces = self._features["contact"].reshape(self.num_envs, -1)
         contact: Array = np.square(forces).sum(1)
         costs = 0.1 * np.square(control).sum(1) + np.minimum(5e-7 * contact, 10.0)
-        reward: Array = 1.25 * velocity + 5.0 * self.alive() - costs
+        reward: Array = 1.25 * velocity + 5.0 * self.standing - costs
         return reward
 
     def alive(self) -> np.ndarray:

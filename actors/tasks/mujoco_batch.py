@@ -109,6 +109,7 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._steps = np.zeros(num_envs, np.int64)
         self._ended = np.ones(num_envs, bool)
         self._bad = np.zeros(num_envs, bool)
+        self.standing = np.ones(num_envs, bool)
         self._allocate()
 
     def _allocate(self) -> None:
@@ -140,7 +141,10 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         raise NotImplementedError
 
     def reward(self, velocity: Array, control: Array) -> Array:
-        """Rewards [num_envs] from velocities [num_envs] in m/s and controls [num_envs, A]."""
+        """Rewards [num_envs] from velocities [num_envs] in m/s and controls [num_envs, A].
+
+        What `alive` says of this step is in `standing`; all True where no robot can fall.
+        """
         raise NotImplementedError
 
     def alive(self) -> np.ndarray | None:
@@ -221,12 +225,14 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         before = self.position().copy()
         self._control[:] = control
         self._simulate()
+        alive = self.alive()
+        if alive is not None:
+            self.standing = alive
         reward = self.reward((self.position() - before) / self.dt, control).astype(np.float32)
         reward[self._bad] = np.nan
         reward[ended_before] = 0.0
         self._steps += ~ended_before
         self._ended |= self._steps >= self.horizon
-        alive = self.alive()
         if alive is not None:
             self._ended |= ~alive | self._bad
         return self.observe(), reward, self._ended.copy(), np.zeros_like(self._ended), {}

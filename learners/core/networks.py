@@ -145,7 +145,10 @@ def head(params: Params, hidden: Tensor) -> Tensor:
 
 def num_layers(params: Params) -> int:
     """Layers of the perceptron."""
-    return sum(name.startswith("layer") and name.endswith(".weight") for name in params)
+    number = 0
+    while f"layer{number}.weight" in params:
+        number += 1
+    return number
 
 
 def convolve(params: Params, obs: Tensor, image: tuple[int, int, int]) -> Tensor:

@@ -74,9 +74,11 @@ def gae_matrix(ended: Tensor, gamma: float, lam: float) -> Tensor:
     """
     num_members, num_steps, num_envs = ended.shape
     episode = ended.cumsum(1) - ended
-    time = torch.arange(num_steps, device=ended.device)
-    apart = (time[None, :] - time[:, None]).clamp_min(0).to(ended.dtype)
-    powers = (gamma * lam) ** apart * (time[None, :] >= time[:, None])
+    decay = torch.full((num_steps,), gamma * lam, dtype=ended.dtype, device=ended.device)
+    decay[0] = 1.0
+    # Row i of the powers is this vector from T − 1 − i on: i zeros, then 1, γλ, (γλ)², …
+    shifted = torch.cat([decay.new_zeros(num_steps - 1), decay.cumprod(0)])
+    powers = shifted.unfold(0, num_steps, 1).flip(0)
     of_env = episode.permute(0, 2, 1)
     same = of_env.unsqueeze(-1) == of_env.unsqueeze(-2)
     blocks = powers * same  # [M, E, T, T]
