@@ -285,7 +285,7 @@ class Lirpg(Replicas):
         return advantage, returns
 
     def log_ratio(self, theta: Tensor, window: Window, b: Steps) -> Tensor:
-        """log π_θ − log π_old of each step, [M, B], with gradient to θ [M, P]."""
+        """Log π_θ − log π_old of each step, [M, B], with gradient to θ [M, P]."""
         # Entries are in the order of their names: the policy's come first.
         like = part(window.like, POLICY)
         size = sum(p.numel() for p in like.values())
