@@ -294,6 +294,14 @@ class RayBackend:
         self.unclaimed += others
         return [done[id(request)] for request in requests]
 
+    def abandon(self) -> None:
+        """Forgets all that was asked for and has not come."""
+        self.waiting.clear()
+        self.running.clear()
+        self.unclaimed.clear()
+        for lane in self.lanes:
+            lane.in_flight.clear()
+
     def submit(self, request: Request, carry: Any) -> None:
         """Asks for a chunk; `poll` brings it."""
         self.waiting.append((request, carry))
