@@ -25,7 +25,7 @@ from learners.core.replicas import Replicas
 from learners.core.returns import vtrace
 from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
 
-OPTIMIZER = RMSProp(decay=0.99, eps=1e-5)
+OPTIMIZER = RMSProp(decay=0.99, eps=1e-5, initial=0.0)
 
 
 @dataclass(frozen=True)

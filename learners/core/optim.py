@@ -21,10 +21,15 @@ from learners.core.trajectory import Params
 
 @dataclass(frozen=True)
 class RMSProp:
-    """ms ← ρ ms + (1 − ρ) g²;  θ ← θ − lr · g / √(ms + ε)."""
+    """ms ← ρ ms + (1 − ρ) g²;  θ ← θ − lr · g / √(ms + ε).
+
+    `initial` is ms before the first update: 1 in TensorFlow, which makes the first few hundred
+    steps small; 0 in torch.
+    """
 
     decay: float = 0.99
     eps: float = 1e-5
+    initial: float = 1.0
 
     def init(self, params: Params) -> Params:
         """Ms of every entry, starting at 1 as TensorFlow's does."""
