@@ -32,8 +32,8 @@ class RMSProp:
     initial: float = 1.0
 
     def init(self, params: Params) -> Params:
-        """Ms of every entry, starting at 1 as TensorFlow's does."""
-        return {f"ms.{name}": torch.ones_like(p) for name, p in params.items()}
+        """The slot ms of every entry."""
+        return {f"ms.{name}": torch.full_like(p, self.initial) for name, p in params.items()}
 
     def update(
         self, params: Params, grads: Params, slots: Params, lr: float | Tensor
