@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,11 +40,27 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an update brought: the version that acts next, metrics, or a failure."""
+    """What an update brought: the version that acts next, metrics, or a failure.
+
+    `seconds` is how long the learner worked.
+    """
 
     version: int | None = None
     metrics: Metrics | None = None
     failure: Failure | None = None
+    seconds: float = 0.0
+
+
+def timed(method: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Notes in the outcome how long a method took."""
+
+    @functools.wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Outcome:
+        begun = time.perf_counter()
+        outcome = method(*args, **kwargs)
+        return replace(outcome, seconds=time.perf_counter() - begun)
+
+    return wrapped
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,7 @@ class LearnerHost:
         self.member_ranges = list(member_ranges)
         return renew, self.act(agents)
 
+    @timed
     def advance(
         self, num_members: int, member_ranges: Sequence[tuple[int, int]], *chunks: Chunk
     ) -> Outcome:
@@ -136,6 +155,7 @@ class LearnerHost:
         _, version = self.begin(num_members, member_ranges)
         return replace(outcome, version=version)
 
+    @timed
     def inner_update(self, evaluating: bool, *chunks: Chunk) -> Outcome:
         """One inner update of all members on the chunks of one phase."""
         torch.set_num_threads(self.num_threads)
@@ -152,6 +172,7 @@ class LearnerHost:
         self.batches.append(batch)
         return Outcome(version=self.act(agents))
 
+    @timed
     def meta_update(self, *chunks: Chunk) -> Outcome:
         """One outer update on the window's batches and the query chunks."""
         torch.set_num_threads(self.num_threads)

@@ -145,12 +145,11 @@ class Loop:
             place = (Stream.TRAIN, iteration, k)
             handles, phase = self.collect(slots, self.members, version, place)
             phases.append(phase)
-            asked = time.perf_counter()
             if k < num_inner_updates:
                 outcome = backend.learner("inner_update", False, *handles)
             else:
                 outcome = backend.learner("meta_update", *handles)
-            learner_seconds += time.perf_counter() - asked
+            learner_seconds += outcome.seconds
             version = outcome.version
             if outcome.failure is not None:
                 break
@@ -171,13 +170,11 @@ class Loop:
             backend = cast(ConcurrentBackend, self.backend)
             self.ahead = Ahead(backend, slots, request, config.max_lag, version, self.carries)
         handles, receipts, waited = self.ahead.next_batch()
-        asked = time.perf_counter()
         arguments = (config.num_members, member_ranges(slots), *handles)
         outcome = self.ahead.while_collecting("advance", *arguments)
-        learner_seconds = time.perf_counter() - asked
         self.carries = self.ahead.consumed
         phase = summarise(slots, receipts, config.num_members, waited)
-        return [phase], outcome, learner_seconds, self.ahead.metrics()
+        return [phase], outcome, outcome.seconds, self.ahead.metrics()
 
     def evaluate(self, num_tasks: int) -> tuple[list[Task], np.ndarray]:
         """Adapts to evaluation tasks without learning from them.

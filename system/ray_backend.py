@@ -156,6 +156,19 @@ def check_machine(runtime: RuntimeConfig) -> None:
         )
 
 
+def advise_on_threads(config: RunConfig) -> None:
+    """Says once where a learner that works beside its actors has more threads than cores."""
+    runtime, cores = config.runtime, os.cpu_count() or 1
+    crowded = runtime.num_actors + runtime.learner_threads > cores + 1
+    if config.max_lag > 0 and runtime.address is None and runtime.learner_threads > 1 and crowded:
+        logging.getLogger("metaloop").warning(
+            "with --max-lag the learner works beside %d actors on %d CPU cores: "
+            "--learner-threads 1 is faster",
+            runtime.num_actors,
+            cores,
+        )
+
+
 def start_ray(runtime: RuntimeConfig) -> None:
     """Joins the cluster at `runtime.address`, or starts a local one.
 
@@ -222,6 +235,7 @@ class RayBackend:
         self.timeout_s = config.runtime.timeout_s
         self.actor_restarts = 0
         start_ray(config.runtime)
+        advise_on_threads(config)
         server = f"parameter-server-{uuid.uuid4().hex}"
         options = {"name": server, "num_cpus": 0, "max_restarts": -1, "max_task_retries": 3}
         self.server = ray.remote(ParameterServer).options(**options).remote()
