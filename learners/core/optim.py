@@ -96,7 +96,7 @@ def clip_by_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
         The clipped gradients, and the norm of each member before, [M]. Gradient flows to `grads`,
         also through the norm; it is finite where a gradient is zero.
     """
-    squares = [g.flatten(1).square().sum(1) for g in grads.values()]
+    squares = [grads[name].flatten(1).square().sum(1) for name in sorted(grads)]
     norm = (torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]).clamp_min(1e-24).sqrt()
     factor = max_norm / norm.clamp_min(max_norm)
     shaped = {name: g * factor.view(-1, *[1] * (g.ndim - 1)) for name, g in grads.items()}
