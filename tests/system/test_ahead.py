@@ -183,3 +183,16 @@ def test_steps_of_used_and_dropped_chunks_are_counted_once(lagging_run, torch_th
         assert counters.env_steps == (used + loop.ahead.dropped - waiting) * 2 * 8
     finally:
         backend.close()
+
+
+@pytest.mark.ray
+def test_a_learner_crowded_by_its_actors_is_advised(lagging_run, caplog, monkeypatch):
+    from system import ray_backend
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    roomy = replace(lagging_run, runtime=replace(lagging_run.runtime, learner_threads=2))
+    ray_backend.advise_on_threads(lagging_run)
+    ray_backend.advise_on_threads(replace(roomy, max_lag=0))
+    assert caplog.records == []
+    ray_backend.advise_on_threads(roomy)
+    assert "--learner-threads 1 is faster" in caplog.text
