@@ -387,3 +387,19 @@ def test_a_reward_of_nan_is_refused(form):
 def test_unusable_setting_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name} "):
         LirpgConfig(**{name: value})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", ["ppo", "a2c"])
+def test_update_on_cuda_equals_the_cpu(form):
+    learner = make_learner(form)
+    state = make_state(learner)
+    batch = make_stream(learner, state)
+    expected, _ = update(learner, state, batch)
+    there = {group: {n: p.cuda() for n, p in entries.items()} for group, entries in state.items()}
+    found, _ = update(learner, there, batch.to("cuda"))
+    for group, entries in found.items():
+        for name, p in entries.items():
+            assert p.is_cuda
+            torch.testing.assert_close(p.cpu(), expected[group][name], rtol=1e-5, atol=1e-5)
