@@ -22,7 +22,7 @@ from actors.tasks.checks import (
     matching_shape,
     tasks_at_reset,
 )
-from actors.tasks.mujoco_batch import _generator_bytes, _generator_from_bytes
+from actors.tasks.random_state import generator_bytes, generator_from_bytes
 from learners.core.trajectory import Spec
 
 try:
@@ -271,7 +271,7 @@ class AtariBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "emulator_size": np.array([len(blob) for blob in blobs], np.int64),
             # A game that ends within a step's four frames shows some of the step before.
             "screens": np.stack([np.stack(env.obs_buffer) for env in self.envs]),
-            "rng": np.stack([_generator_bytes(env.unwrapped.np_random) for env in self.envs]),
+            "rng": np.stack([generator_bytes(env.unwrapped.np_random) for env in self.envs]),
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
@@ -288,7 +288,7 @@ class AtariBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._ales[index].restoreState(ale_py.ALEState(blob))
             for screen, saved in zip(env.obs_buffer, fitting["screens"][index], strict=True):
                 screen[:] = saved
-            env.unwrapped.np_random = _generator_from_bytes(fitting["rng"][index])
+            env.unwrapped.np_random = generator_from_bytes(fitting["rng"][index])
 
     def _fitting(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The arrays of `state`, after their check."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from actors.family import Task
 from actors.tasks.checks import mask_at_reset, matching_shape, tasks_at_reset
+from actors.tasks.random_state import generator_bytes, generator_from_bytes
 from learners.core.trajectory import Spec
 
 _SAVED = int(mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -273,7 +274,7 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Everything that the next steps depend on: tasks, state, counters, random state."""
         saved = {name: array.copy() for name, array in self._saved().items()}
         counter = np.array([self.num_bad_states], np.int64)
-        return {**saved, "num_bad_states": counter, "rng": _generator_bytes(self._rng)}
+        return {**saved, "num_bad_states": counter, "rng": generator_bytes(self._rng)}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on bit for bit where `state` was taken, be it by another object.
@@ -286,37 +287,8 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         for name, array in self._saved().items():
             array[:] = fitting[name]
         self.num_bad_states = int(fitting["num_bad_states"][0])
-        self._rng = _generator_from_bytes(fitting["rng"])
+        self._rng = generator_from_bytes(fitting["rng"])
         self._has_tasks = True
-
-
-_RNG_FIELDS = (("state", 16), ("inc", 16), ("has_uint32", 1), ("uinteger", 4))
-"""The numbers in PCG64's state and their lengths in bytes."""
-
-
-def _generator_bytes(rng: np.random.Generator) -> np.ndarray:
-    """The state of a PCG64 generator, uint8."""
-    state: Mapping[str, Any] = rng.bit_generator.state
-    numbers = {**state, **state["state"]}
-    parts = (int(numbers[name]).to_bytes(size, "little") for name, size in _RNG_FIELDS)
-    return np.frombuffer(b"".join(parts), np.uint8).copy()
-
-
-def _generator_from_bytes(packed: np.ndarray) -> np.random.Generator:
-    """The generator whose state `_generator_bytes` packed."""
-    ends = np.cumsum([size for _, size in _RNG_FIELDS])[:-1]
-    numbers = {
-        name: int.from_bytes(part.tobytes(), "little")
-        for (name, _), part in zip(_RNG_FIELDS, np.split(packed, ends), strict=True)
-    }
-    bits = np.random.PCG64()
-    bits.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": numbers["state"], "inc": numbers["inc"]},
-        "has_uint32": numbers["has_uint32"],
-        "uinteger": numbers["uinteger"],
-    }
-    return np.random.Generator(bits)
 
 
 DIRECTIONS: tuple[Task, Task] = ({"direction": 1.0}, {"direction": -1.0})

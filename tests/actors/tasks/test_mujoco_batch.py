@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from actors.tasks.half_cheetah import HalfCheetahDir
-from actors.tasks.mujoco_batch import _generator_bytes, _generator_from_bytes
+from actors.tasks.random_state import generator_bytes, generator_from_bytes
 
 
 def started(num_envs=3, **options):
@@ -102,9 +102,9 @@ def test_a_bad_robot_starts_again_alone():
 def test_packed_generators_go_on_bit_for_bit():
     rng = np.random.default_rng(7)
     rng.integers(10, dtype=np.int32)  # leaves half of a 64-bit draw behind
-    packed = _generator_bytes(rng)
+    packed = generator_bytes(rng)
     assert packed.dtype == np.uint8
-    copy = _generator_from_bytes(packed)
+    copy = generator_from_bytes(packed)
     assert copy.bit_generator.state == rng.bit_generator.state
     np.testing.assert_array_equal(
         copy.integers(10, size=5, dtype=np.int32), rng.integers(10, size=5, dtype=np.int32)
