@@ -55,13 +55,11 @@ from learners.core.actor_critic import (
 from learners.core.contract import Agents, State, check_params
 from learners.core.intrinsic import IntrinsicReward
 from learners.core.optim import Adam, Optimizer, RMSProp, clip_by_norm
-from learners.core.params import flatten_members, unflatten_members
+from learners.core.params import flatten_members, one_member, unflatten_members
 from learners.core.replicas import Replicas
 from learners.core.returns import gae_matrix, stream_gae
 from learners.core.reward_description import describe_reward
 from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
-
-REWARD, EXTRINSIC = "reward.", "extrinsic."
 
 METRICS_EVERY = 20
 """Updates of the a2c form between two looks at the intrinsic reward."""
@@ -230,8 +228,8 @@ class Lirpg(Replicas):
         with torch.no_grad():
             slope = surrogate_slope(log_prob - b.log_prob, advantage, clip) / size
             value_slope, by_return = value_loss_slope(value, b.mixed_value, returns, clip)
-        outputs, seeds = [log_prob, value], [slope * advantage.detach(), value_slope]
-        seeds[1] = value_slope * (c.value_coef / size)
+        outputs = [log_prob, value]
+        seeds = [slope * advantage.detach(), value_slope * (c.value_coef / size)]
         if c.entropy_coef > 0.0:
             outputs.append(dist.entropy().mean(1))
             seeds.append(torch.full_like(outputs[-1], -c.entropy_coef))
@@ -262,7 +260,7 @@ class Lirpg(Replicas):
         )
         return Step(
             stepped["flat"].detach(),
-            {name: slot.detach() for name, slot in new_slots.items()},
+            new_slots,
             meta_grad,
             norm,
             log_prob.detach() - b.log_prob,
@@ -395,8 +393,3 @@ def advantages_of(delta: Tensor, window: Window, rows: Tensor) -> Tensor:
 def first_member(params: Params) -> Params:
     """The first member's entries, axis M kept."""
     return {name: p[:1] for name, p in params.items()}
-
-
-def one_member(params: Params) -> Params:
-    """The shapes of one member's entries."""
-    return {name: p[0] for name, p in params.items()}

@@ -35,7 +35,7 @@ from learners.core.actor_critic import (
 )
 from learners.core.contract import Agents, State, check_params
 from learners.core.optim import Adam, clip_by_norm
-from learners.core.params import flatten_members, leaves, unflatten_members
+from learners.core.params import flatten_members, leaves, one_member, unflatten_members
 from learners.core.replicas import Replicas
 from learners.core.returns import stream_gae
 from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
@@ -95,7 +95,7 @@ class Ppo(Replicas):
             (advantage + now).flatten(1),
             now.flatten(1),
         )
-        like = {name: p[0] for name, p in params.items()}
+        like = one_member(params)
         theta = {"flat": flatten_members(params)}
         slots, count = state["optimizer"], counters["num_updates"]
         lr = decayed(c.lr, int(count[0]), c.lr_decay_updates)

@@ -184,13 +184,12 @@ class Loop:
         Returns:
             The tasks, and the mean raw return of each after 0 … K+2 inner updates, [M, K+3].
         """
-        num_envs = self.config.num_envs
-        if self.plan.num_stream_steps is not None:
-            num_envs = -(-num_tasks // self.config.num_members)
-            num_tasks = self.config.num_members
-        tasks = evaluation_tasks(self.family, self.config.seed, num_tasks)
-        if self.plan.num_stream_steps is not None:
-            tasks = tasks[:num_tasks]
+        num_envs, num_members = self.config.num_envs, self.config.num_members
+        if self.plan.num_stream_steps is None:
+            tasks = evaluation_tasks(self.family, self.config.seed, num_tasks)
+        else:
+            num_envs = -(-num_tasks // num_members)
+            tasks = evaluation_tasks(self.family, self.config.seed, num_members)[:num_members]
         slots = self.slots(len(tasks), num_envs)
         _, version = self.backend.learner("begin", len(tasks), member_ranges(slots))
         curve = []
@@ -218,7 +217,7 @@ class Loop:
     # --- What a checkpoint holds beside the learner ---
 
     def snapshot(self) -> dict[str, dict[str, np.ndarray]]:
-        """Tasks, recent returns and, as far as environments can be saved, where streams stand.
+        """Recent returns and, as far as environments can be saved, where streams stand.
 
         Streams whose environments cannot be saved begin new episodes, here and after a restart.
         """

@@ -40,6 +40,11 @@ def unflatten_members(matrix: Tensor, like: Params) -> Params:
     }
 
 
+def one_member(params: Params) -> Params:
+    """The first member's entries without axis M: what `unflatten_members` takes shapes from."""
+    return {name: p[0] for name, p in params.items()}
+
+
 def expand_members(params: Params, num_members: int) -> Params:
     """Gives every member the same parameters: views with a leading axis M."""
     return {name: p.expand(num_members, *p.shape) for name, p in params.items()}
