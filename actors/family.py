@@ -53,3 +53,16 @@ class TaskFamily(Protocol):
         episode returns are then sums of raw rewards between game-overs.
         """
         ...
+
+
+class OneTask:
+    """The tasks of a family that has a single one, {}: a mixin for families of one environment."""
+
+    @property
+    def finite_tasks(self) -> list[Task] | None:
+        """The one task, which has nothing to tell."""
+        return [{}]
+
+    def sample(self, rng: np.random.Generator, num_tasks: int) -> list[Task]:
+        """The one task, `num_tasks` times; nothing is drawn."""
+        return [{} for _ in range(num_tasks)]

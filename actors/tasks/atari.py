@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import AtariPreprocessing
 
-from actors.family import Task
+from actors.family import OneTask
 from actors.tasks import closest
 from actors.tasks.checks import (
     check_flag,
@@ -53,7 +53,7 @@ def games() -> list[str]:
 
 
 @dataclass(frozen=True)
-class AtariFamily:
+class AtariFamily(OneTask):
     """One task: an Atari game, `atari-<game>`, preprocessed as in OpenAI baselines.
 
     A step repeats its action for 4 frames. Gymnasium's AtariPreprocessing takes the maximum over
@@ -111,15 +111,6 @@ class AtariFamily:
         finally:
             env.close()
         return Spec(int(np.prod(IMAGE)), num_actions, True, self.horizon, image=IMAGE)
-
-    @property
-    def finite_tasks(self) -> list[Task] | None:
-        """The one task, which has nothing to tell."""
-        return [{}]
-
-    def sample(self, rng: np.random.Generator, num_tasks: int) -> list[Task]:
-        """The one task, `num_tasks` times."""
-        return [{} for _ in range(num_tasks)]
 
     def make(self, num_envs: int) -> AtariBatch:
         """A batch of games, one after the other in this process."""

@@ -14,7 +14,7 @@ from gymnasium.spaces import Box, Discrete, flatten, flatten_space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from actors.family import Task
+from actors.family import OneTask, Task
 from actors.tasks import closest
 from actors.tasks.checks import check_whole, mask_at_reset, tasks_at_reset
 from learners.core.trajectory import Spec
@@ -102,7 +102,7 @@ class SingleEnvFamily:
 
 
 @dataclass(frozen=True)
-class GymFamily(SingleEnvFamily):
+class GymFamily(OneTask, SingleEnvFamily):
     """One task: a Gymnasium environment as it is, `gym:<id>`.
 
     Attributes:
@@ -153,15 +153,6 @@ class GymFamily(SingleEnvFamily):
     def max_steps(self) -> int:
         """The horizon, or the id's own time limit."""
         return self.horizon or int(self._registered().max_episode_steps or 0)
-
-    @property
-    def finite_tasks(self) -> list[Task] | None:
-        """The one task, which has nothing to tell."""
-        return [{}]
-
-    def sample(self, rng: np.random.Generator, num_tasks: int) -> list[Task]:
-        """The one task, `num_tasks` times."""
-        return [{} for _ in range(num_tasks)]
 
 
 class SingleEnvBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):

@@ -19,7 +19,7 @@ from typing import ClassVar
 import mujoco
 import numpy as np
 
-from actors.family import Task
+from actors.family import OneTask, Task
 from actors.tasks.ant import CONTACT_COST, AntBatch
 from actors.tasks.checks import check_whole
 from actors.tasks.mujoco_batch import Array, MujocoBatch
@@ -27,7 +27,7 @@ from learners.core.trajectory import Spec
 
 
 @dataclass(frozen=True)
-class _Locomotion:
+class _Locomotion(OneTask):
     """Options that all robots share. The one task has nothing to tell: {}.
 
     Attributes:
@@ -58,15 +58,6 @@ class _Locomotion:
             reward_delay=self.delay,
             velocity=self.velocity,
         )
-
-    @property
-    def finite_tasks(self) -> list[Task] | None:
-        """The one task."""
-        return [{}]
-
-    def sample(self, rng: np.random.Generator, num_tasks: int) -> list[Task]:
-        """The one task, `num_tasks` times; nothing is drawn."""
-        return [{} for _ in range(num_tasks)]
 
 
 @dataclass(frozen=True)
