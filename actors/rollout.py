@@ -245,6 +245,8 @@ def roll_out(
         stepped = env.step(action)
         next_obs, reward, terminated, truncated = (np.asarray(part) for part in stepped[:4])
         raw_reward = stepped[4].get("raw_reward", reward)
+        if "true_value" in stepped[4] and request.keep_data:
+            out["true_value"][t] = stepped[4]["true_value"]
         over = (terminated | truncated) & ~ended
         game_over = over & stepped[4].get("game_over", over)
         running_return += np.where(ended, 0.0, raw_reward)
@@ -309,6 +311,7 @@ def allocate(policy: Policy, request: Request, obs: np.ndarray) -> Arrays:
             "dist": np.zeros((*kept, spec.action_size), np.float32),
             "final_obs": np.zeros((*streamed, spec.obs_size), obs.dtype),
             "discounted_return": np.zeros(streamed, np.float32),
+            "true_value": np.zeros(kept if spec.target_policy else (0, len(obs)), np.float32),
         }
     )
 

@@ -55,7 +55,7 @@ from learners.core.actor_critic import (
 from learners.core.contract import Agents, State, check_params
 from learners.core.intrinsic import IntrinsicReward
 from learners.core.optim import Adam, Optimizer, RMSProp, clip_by_norm
-from learners.core.params import flatten_members, one_member, unflatten_members
+from learners.core.params import detach, flatten_members, one_member, unflatten_members
 from learners.core.replicas import Replicas
 from learners.core.returns import gae_matrix, stream_gae
 from learners.core.reward_description import describe_reward
@@ -260,7 +260,7 @@ class Lirpg(Replicas):
         )
         return Step(
             stepped["flat"].detach(),
-            new_slots,
+            detach(new_slots),
             meta_grad,
             norm,
             log_prob.detach() - b.log_prob,

@@ -1,8 +1,8 @@
 """Optimizers as values: `init` makes slots, `update` gives new parameters and new slots.
 
-Nothing is changed in place, so that an update can be differentiated: gradient flows from the new
-parameters to `params` and `grads`, through every step of the rule. Entries are stacked on M, and
-every member counts its own updates.
+Nothing is changed in place, so that updates can be differentiated: gradient flows from the new
+parameters and slots to `params`, `grads` and the slots before, through every step of the rule.
+Entries are stacked on M, and every member counts its own updates.
 
 Where a gradient is exactly zero the derivative of a root would be infinite. RMSProp therefore has
 its ε inside the root (as TensorFlow, and not as torch), and Adam takes its second moment as a
@@ -17,6 +17,21 @@ import torch
 from torch import Tensor
 
 from learners.core.trajectory import Params
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """θ ← θ − lr · g."""
+
+    def init(self, params: Params) -> Params:
+        """No slots."""
+        return {}
+
+    def update(
+        self, params: Params, grads: Params, slots: Params, lr: float | Tensor
+    ) -> tuple[Params, Params]:
+        """One step; gradient flows to `params` and `grads`."""
+        return {name: p - lr * grads[name] for name, p in params.items()}, slots
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,7 @@ class RMSProp:
             grad = grads[name]
             square = torch.lerp(grad.square(), slots[f"ms.{name}"], self.decay)
             new[name] = p - lr * grad / (square + self.eps).sqrt()
-            kept[f"ms.{name}"] = square.detach()
+            kept[f"ms.{name}"] = square
         return new, kept
 
 
@@ -82,11 +97,11 @@ class Adam:
             shape = (-1, *[1] * (p.ndim - 1))
             root = v.sqrt() / scale2.sqrt().to(p.dtype).view(shape) + self.eps
             new[name] = p - lr * (m / scale1.to(p.dtype).view(shape)) / root
-            kept[f"m.{name}"], kept[f"v.{name}"] = m.detach(), v.detach()
+            kept[f"m.{name}"], kept[f"v.{name}"] = m, v
         return new, kept
 
 
-Optimizer = RMSProp | Adam
+Optimizer = Sgd | RMSProp | Adam
 
 
 def clip_by_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:

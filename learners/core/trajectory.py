@@ -46,6 +46,8 @@ class Spec:
         reward_delay: steps whose rewards reach the agent as one sum; 1 for each at its own step.
         image: (channels, height, width) where observations are pixels: O bytes, flat, uint8.
         velocity: index of the forward velocity in an observation, where there is one.
+        target_policy: probability of each action under the policy whose value is asked for, at
+            every observation; None where a policy is to be found.
     """
 
     obs_size: int
@@ -55,6 +57,7 @@ class Spec:
     reward_delay: int = 1
     image: tuple[int, int, int] | None = None
     velocity: int | None = None
+    target_policy: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Trajectory:
     A chunk of whole episodes has the steps of one episode in each environment. In a chunk of a
     stream a new episode follows at once where one ends (autoreset SAME_STEP): every step is valid,
     `obs` after an end is the first of the next episode, and `final_obs` has the last of the old
-    one where `truncated`. The last two fields are of length T = 0 in chunks of whole episodes.
+    one where `truncated`. `final_obs` and `discounted_return` are of length T = 0 in chunks of
+    whole episodes, `true_value` where the environment does not know it.
     """
 
     obs: Tensor  # [M, T, E, O], raw
@@ -84,6 +88,7 @@ class Trajectory:
     episode_length: Tensor  # [M, T, E]
     final_obs: Tensor  # [M, T, E, O], the observation at which a time limit ended an episode
     discounted_return: Tensor  # [M, T, E], Σ γ^i r_{t−i} of raw rewards, for the normalizer
+    true_value: Tensor  # [M, T, E], value of `obs` under the target policy
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Trajectory:
         """Applies `function` to every tensor."""

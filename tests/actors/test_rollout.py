@@ -131,6 +131,7 @@ def test_a_chunk_has_the_fields_and_shapes_of_a_trajectory(name):
     leading = (2, spec.horizon, 3)
     trailing = {"obs": (spec.obs_size,), "action": () if spec.discrete else (spec.action_size,)}
     of_streams = {"final_obs": (2, 0, 3, spec.obs_size), "discounted_return": (2, 0, 3)}
+    of_streams["true_value"] = (2, 0, 3)
     for array_name, array in chunk.arrays.items():
         expected = (
             (2, 3, spec.obs_size)

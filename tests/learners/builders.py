@@ -77,6 +77,7 @@ def make_trajectory(
         episode_length=(length.unsqueeze(1) * last).to(dtype),
         final_obs=torch.zeros(num_members, 0, 4, spec.obs_size, dtype=dtype),
         discounted_return=torch.zeros(num_members, 0, 4, dtype=dtype),
+        true_value=torch.zeros(num_members, 0, 4, dtype=dtype),
     )
     return trajectory.map(Tensor.detach)
 

@@ -190,6 +190,7 @@ def test_inner_update_of_a_bandit_from_rewards():
         "episode_length": ones,
         "final_obs": np.zeros((2, 0, 9, 1)),
         "discounted_return": np.zeros((2, 0, 9)),
+        "true_value": np.zeros((2, 0, 9)),
     }
     batch = Trajectory(**{name: torch.from_numpy(array) for name, array in arrays.items()})
     learner, params = bandit(inner_lr=0.75), params_of([0.4, -0.3])

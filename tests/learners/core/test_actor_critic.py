@@ -99,6 +99,7 @@ def make_stream(learner, state: State, num_envs: int = 2, seed: int = 0) -> Traj
         episode_length=torch.zeros(shape),
         final_obs=final_obs,
         discounted_return=total,
+        true_value=total[:, :0],
     )
 
 
@@ -157,6 +158,7 @@ def chain_stream(learner, state: State, num_envs: int, generator) -> Trajectory:
         episode_length=torch.zeros_like(reward),
         final_obs=torch.zeros_like(obs),
         discounted_return=torch.zeros_like(reward),
+        true_value=reward[:, :0],
     )
 
 
@@ -239,6 +241,7 @@ def test_values_see_normalized_observations_and_what_follows_an_end():
         episode_length=zero,
         final_obs=10.0 * obs,
         discounted_return=zero,
+        true_value=zero[:, :0],
     )
     statistics = {OBS_MEAN: torch.tensor([[1.0]]), OBS_STD: torch.tensor([[2.0]])}
     data = rollout(trajectory, statistics)

@@ -40,6 +40,7 @@ def chunk(seed: int, num_steps: int) -> Trajectory:
         episode_length=empty,
         final_obs=obs,
         discounted_return=torch.where(valid > 0.0, total, -1e6),
+        true_value=empty[:, :0],
     )
 
 
