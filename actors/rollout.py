@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,10 +20,13 @@ from actors.family import Task, TaskFamily
 from learners.core.blocks import block_bounds
 from learners.core.normalizer import REWARD_STD
 from learners.core.params import unflatten_members
-from learners.core.policy import Distribution, Policy
+from learners.core.policy import Policy
 from learners.core.trajectory import Params
 
 Arrays = dict[str, np.ndarray]
+
+NOISE_STEPS = 64
+"""Steps whose noise is drawn ahead."""
 
 
 @dataclass(frozen=True)
@@ -233,50 +236,49 @@ def roll_out(
     m, e = slot.num_members, slot.num_envs
     generator = torch.Generator()
     generator.set_state(torch.tensor(carry.noise))
-    obs, ended = carry.obs, carry.ended.copy()
+    obs, live = carry.obs, ~carry.ended
     running_return, lengths = carry.episode_return.copy(), carry.num_steps.copy()
     out = allocate(policy, request, obs)
-    for t in range(num_steps):
-        # Drawn step by step: what a generator gives depends on how much is asked for at once.
-        noise = policy.noise((m, e), generator)
-        acting = torch.as_tensor(obs).view(m, e, -1)
-        dist = policy.distribution(params, acting)
-        action = dist.sample(noise).flatten(0, 1)
-        stepped = env.step(action)
-        next_obs, reward, terminated, truncated = (np.asarray(part) for part in stepped[:4])
-        raw_reward = stepped[4].get("raw_reward", reward)
-        if "true_value" in stepped[4] and request.keep_data:
-            out["true_value"][t] = stepped[4]["true_value"]
-        over = (terminated | truncated) & ~ended
-        game_over = over & stepped[4].get("game_over", over)
-        running_return += np.where(ended, 0.0, raw_reward)
-        lengths += ~ended
-        if request.keep_data:
-            out["obs"][t], out["action"][t] = obs, action
-            out["dist"][t] = dist.tensors[0].flatten(0, 1)
-        out["valid"][t] = ~ended
+    act = policy.acting(params)
+    outputs: list[torch.Tensor] = []
+    for t, noise in enumerate(step_noise(policy, (m, e), generator, num_steps)):
+        action, output = act(torch.from_numpy(obs).view(m, e, -1), noise)
+        action = action.flatten(0, 1)
+        *stepped, info = env.step(action)
+        next_obs, reward, terminated, truncated = map(np.asarray, stepped)
+        # Both also count, to no effect, where an episode is over.
+        running_return += info.get("raw_reward", reward)
+        lengths += 1
+        out["valid"][t] = live
         out["reward"][t], out["terminated"][t], out["truncated"][t] = reward, terminated, truncated
-        if over.any():
-            note_ends(out, t, game_over, running_return, lengths)
-        if ended.any():
-            blank(out, t, ended)
-            next_obs = np.where(ended[:, None], obs, next_obs)
-        if request.stream and truncated.any():
-            out["final_obs"][t][truncated] = next_obs[truncated]
+        if request.keep_data:
+            out["obs"][t], out["action"][t] = obs, action.numpy()
+            outputs.append(output)
+        if len(out["true_value"]):
+            out["true_value"][t] = info["true_value"]
+        if not request.stream and not live.all():
+            blank(out, t, ~live)
+            next_obs = np.where(live[:, None], next_obs, obs)
+        over, obs = (terminated | truncated) & live, next_obs
+        if not np.count_nonzero(over):
+            continue
+        game_over = over & info.get("game_over", over)
+        note_ends(out, t, game_over, running_return, lengths)
+        if len(out["final_obs"]):
+            out["final_obs"][t][truncated] = obs[truncated]
         # Whole episodes: a life lost is not the end of what is reported, and the game goes on.
         again = over if request.stream else over & ~game_over
-        obs = next_obs
         if again.any():
             obs = np.asarray(env.reset(options={"reset_mask": again})[0])
-        ended |= game_over & (not request.stream)
-        if ended.all():
+        live &= ~game_over | request.stream
+        if not live.any():
             break
     discounted, pending = shape_rewards(out, policy, params, request, carry)
     stop = Carry(
         env=env.state() if request.stream and hasattr(env, "state") else {},
         noise=generator.get_state().numpy(),
         obs=obs.copy(),
-        ended=ended,
+        ended=~live,
         episode_return=running_return,
         num_steps=lengths,
         discounted_return=discounted,
@@ -285,8 +287,19 @@ def roll_out(
     arrays = {name: by_member(array, m, e) for name, array in out.items()}
     if request.keep_data:
         arrays["last_obs"] = obs.reshape(m, e, -1).copy()
-        arrays["log_prob"] = log_probs(dist, arrays)
+        arrays["log_prob"] = log_probs(policy, params, outputs, arrays)
     return Chunk(slot, version, request.tasks, arrays), stop
+
+
+def step_noise(
+    policy: Policy, shape: tuple[int, int], generator: torch.Generator, num_steps: int
+) -> Iterator[torch.Tensor]:
+    """The noise of each step, drawn for some steps ahead: that is faster than between others' work.
+
+    Still one draw for each step: what a generator gives depends on how much is asked for at once.
+    """
+    for begin, end in block_bounds(num_steps, NOISE_STEPS):
+        yield from [policy.noise(shape, generator) for _ in range(begin, end)]
 
 
 def spread(tasks: Sequence[Task], num_envs: int) -> list[Task]:
@@ -308,7 +321,6 @@ def allocate(policy: Policy, request: Request, obs: np.ndarray) -> Arrays:
         | {
             "obs": np.zeros((*kept, spec.obs_size), obs.dtype),
             "action": np.zeros((*kept, *action_size), np.int64 if spec.discrete else np.float32),
-            "dist": np.zeros((*kept, spec.action_size), np.float32),
             "final_obs": np.zeros((*streamed, spec.obs_size), obs.dtype),
             "discounted_return": np.zeros(streamed, np.float32),
             "true_value": np.zeros(kept if spec.target_policy else (0, len(obs)), np.float32),
@@ -353,23 +365,34 @@ def shape_rewards(
         return discounted, pending
     reward, over = out["reward"], out["terminated"] | out["truncated"]
     if normalizer is not None and scaled:
-        for t in range(len(reward)):
+        for t, ends in enumerate(np.logical_or.reduce(over, 1).tolist()):
             discounted *= normalizer.gamma
             discounted += reward[t]
             out["discounted_return"][t] = discounted
-            discounted[over[t]] = 0.0
+            if ends:
+                discounted[over[t]] = 0.0
         std = params[REWARD_STD].repeat(1, request.slot.num_envs).view(-1).numpy()
         np.clip(reward / std, -normalizer.clip, normalizer.clip, out=reward)
     if delay > 1:
-        steps = carry.num_steps.copy()
-        for t in range(len(reward)):
+        paid = over | (steps_of_episodes(over, carry.num_steps) % delay == 0)
+        for t, pays in enumerate(np.logical_or.reduce(paid, 1).tolist()):
             pending += reward[t]
-            steps += 1
-            paid = over[t] | (steps % delay == 0)
-            reward[t] = pending * paid
-            pending[paid] = 0.0
-            steps[over[t]] = 0
+            np.multiply(pending, paid[t], out=reward[t])
+            if pays:
+                pending[paid[t]] = 0.0
     return discounted, pending
+
+
+def steps_of_episodes(over: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Steps since the start of the episode, step t counted, [T, n].
+
+    Args:
+        over: whether an episode ends with step t, [T, n].
+        before: steps before the first, [n].
+    """
+    time = np.arange(1, len(over) + 1)[:, None]
+    starts = np.concatenate((-before[None], np.where(over, time, -before)[:-1]))
+    return time - np.maximum.accumulate(starts)
 
 
 def by_member(array: np.ndarray, m: int, e: int) -> np.ndarray:
@@ -378,16 +401,20 @@ def by_member(array: np.ndarray, m: int, e: int) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(num_steps, m, e, *rest).swapaxes(0, 1))
 
 
-def log_probs(last: Distribution, arrays: Arrays) -> np.ndarray:
+def log_probs(
+    policy: Policy, params: Params, outputs: list[torch.Tensor], arrays: Arrays
+) -> np.ndarray:
     """Log-probability of every valid action, [m, T, e], 0 in padding.
 
     Args:
-        last: a distribution of the chunk; all share what does not depend on the observation.
-        arrays: the chunk, whose "dist" (what does depend on it) is taken out.
+        policy: what acted.
+        params: with which parameters.
+        outputs: of its network, [m, e, A] at each step until all episodes were over.
+        arrays: the chunk.
     """
-    outputs, action = torch.from_numpy(arrays.pop("dist")), torch.from_numpy(arrays["action"])
-    dist = type(last)(outputs.flatten(1, 2), *last.tensors[1:])
-    valid = torch.from_numpy(arrays["valid"])
+    action, valid = torch.from_numpy(arrays["action"]), torch.from_numpy(arrays["valid"])
+    padding = [torch.zeros_like(outputs[0])] * (valid.shape[1] - len(outputs))
+    dist = policy.from_outputs(params, torch.stack(outputs + padding, 1).flatten(1, 2))
     log_prob = dist.log_prob(action.flatten(1, 2)).view_as(valid)
     array: np.ndarray = log_prob.where(valid > 0, 0.0).numpy()
     return array

@@ -4,8 +4,11 @@
     v_t = V-trace target of D for the newest θ;   Â_t = ρ_t (r_t + γ v_{t+1} − V_θ(s_t))
     θ   ← θ − α RMSProp clip ∇θ mean[ −Â_t log π_θ(a_t|s_t) + c_v ½ (V_θ(s_t) − v_t)² − c_e H(π_θ) ]
 
-On the policy's own data ρ = 1 and v_t is the bootstrapped T-step return: plain A2C. The M members
-are replicas: independent runs, each with its own parameters and seed.
+On the policy's own data ρ = 1 and v_t is the bootstrapped T-step return: plain A2C. Two settings
+make it short-sighted, for comparison: without `bootstrap` nothing is expected after the chunk;
+with `lookahead` = n, v_t is the sum of the next n rewards, and steps of which the chunk does not
+hold so many are left out. The M members are replicas: independent runs, each with its own
+parameters and seed.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from learners.core.contract import Agents, State, check_params
 from learners.core.optim import RMSProp, clip_by_norm
 from learners.core.params import detach, gradients, leaves
 from learners.core.replicas import Replicas
-from learners.core.returns import vtrace
+from learners.core.returns import lookahead_returns, vtrace
 from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
 
 OPTIMIZER = RMSProp(decay=0.99, eps=1e-5, initial=0.0)
@@ -71,11 +74,19 @@ class A2c(Replicas):
         log_prob = dist.log_prob(data.action)
         now, following = values(lambda obs: networks.value(params, obs), data, batch, statistics)
         log_ratio = (log_prob.detach() - data.log_prob).view_as(now)
-        target, advantage = vtrace(
-            data.reward, now, following, data.ended, log_ratio, c.gamma, c.max_rho
-        )
-        policy_loss = -(advantage.flatten(1) * log_prob).mean(1)
-        value_loss = 0.5 * (value - target.flatten(1)).square().mean(1)
+        counted = torch.ones_like(now)
+        if not c.bootstrap:
+            following = following * (1.0 - cut(batch))
+        if c.lookahead:
+            target, counted = lookahead_returns(data.reward, data.ended, c.gamma, c.lookahead)
+            advantage = log_ratio.exp().clamp_max(c.max_rho) * (target - now)
+        else:
+            target, advantage = vtrace(
+                data.reward, now, following, data.ended, log_ratio, c.gamma, c.max_rho
+            )
+        share = (counted / counted.sum((1, 2), keepdim=True).clamp_min(1.0)).flatten(1)
+        policy_loss = -(advantage.flatten(1) * log_prob * share).sum(1)
+        value_loss = 0.5 * ((value - target.flatten(1)).square() * share).sum(1)
         entropy = dist.entropy().mean(1)
         loss = policy_loss + c.value_coef * value_loss - c.entropy_coef * entropy
         parts = {
@@ -86,3 +97,10 @@ class A2c(Replicas):
             "meta/ratio_mean": log_ratio.exp(),
         }
         return loss, {name: float(value.detach().mean()) for name, value in parts.items()}
+
+
+def cut(batch: Trajectory) -> Tensor:
+    """1.0 where the episode goes on and the data do not, [M, T, E]."""
+    after = batch.truncated.clone()
+    after[:, -1] = True
+    return after.to(batch.reward.dtype)

@@ -12,8 +12,9 @@ from learners.core.errors import ConfigError
 InnerLoss = Literal["log_prob", "likelihood_ratio", "dice"]
 Activation = Literal["tanh", "relu"]
 LirpgForm = Literal["ppo", "a2c"]
+InnerOptimizer = Literal["sgd", "rmsprop", "adam"]
 INNER_LOSSES, ACTIVATIONS = get_args(InnerLoss), get_args(Activation)
-LIRPG_FORMS = get_args(LirpgForm)
+LIRPG_FORMS, INNER_OPTIMIZERS = get_args(LirpgForm), get_args(InnerOptimizer)
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,44 @@ class A2cConfig(ActorCriticSettings):
     entropy_coef: float = 0.01
     max_rho: float = 1.0
     """Upper bound of V-trace's importance weight of a step."""
+    bootstrap: bool = True
+    """Whether the value stands for the rewards after the chunk; without it they count as 0."""
+    lookahead: int = 0
+    """Rewards that a return adds up, without bootstrapping; 0 for all of the chunk."""
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
         super().__post_init__()
         check_positive("max_rho", self.max_rho)
+        if self.lookahead != 0:
+            check_whole("lookahead", self.lookahead)
+        if self.lookahead > self.num_steps:
+            raise ConfigError(
+                f"lookahead must lie in [0, num_steps = {self.num_steps}], not {self.lookahead}"
+            )
+        if self.lookahead != 0 and self.bootstrap:
+            raise ConfigError("lookahead does not bootstrap: set bootstrap to False")
+
+
+@dataclass(frozen=True)
+class TdLambdaConfig(ActorCriticSettings):
+    """Linear TD(λ): the value of a given policy (Sutton and Barto 2018, section 12.2)."""
+
+    num_steps: int = 16
+    lr: float = 0.1
+    hidden: tuple[int, ...] = ()
+    trace_decay: float = 0.9
+    """λ, what is left of a trace after a step, beside γ."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run could use."""
+        super().__post_init__()
+        check_number("trace_decay", self.trace_decay, 0.0, 1.0)
+        if self.hidden or self.normalize_obs or self.normalize_reward:
+            raise ConfigError(
+                "td-lambda is linear in what it sees: hidden must be (), and normalize_obs and "
+                "normalize_reward off"
+            )
 
 
 @dataclass(frozen=True)
@@ -196,13 +230,60 @@ class LirpgConfig(ActorCriticSettings):
             raise ConfigError(f"form must be one of {LIRPG_FORMS}, not {self.form!r}")
 
 
-LearnerConfig = MamlTrpoConfig | A2cConfig | PpoConfig | LirpgConfig
+@dataclass(frozen=True)
+class FrodoConfig(ActorCriticSettings):
+    """A target that is discovered online by meta-gradients (Xu et al. 2020)."""
+
+    num_inner_updates: int = 5
+    """K, inner updates of a window."""
+    inner_optimizer: InnerOptimizer = "rmsprop"
+    """What makes inner steps of the update direction; its slots live as long as the agent."""
+    meta_lr: float = 1e-3
+    """Step size of the target network."""
+    consistency_coef: float = 0.1
+    """c, weight of the consistency of successive targets in the outer loss."""
+    residual: bool = False
+    """The network adds to V-trace's target instead of replacing it."""
+    outer_critic: bool = True
+    """The outer loss has a critic of its own, which never sees a learned target; without it the
+    agent's value rates the targets that it was trained on, as in the paper."""
+    critic_lr: float = 1e-3
+    """Step size of the outer critic."""
+    outer_value_coef: float = 0.5
+    """Weight of the value's error in the outer loss, where a policy is learned."""
+    outer_entropy_coef: float = 0.0
+    """Weight of the policy's entropy in the outer loss."""
+    max_rho: float = 1.0
+    """Upper bound of V-trace's importance weight of a step."""
+    target_width: int = 32
+    """Width of the target network's layers."""
+    sees_policies: bool = True
+    """Whether the target network sees π(a|s) and μ(a|s)."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run could use."""
+        super().__post_init__()
+        for name in ("num_inner_updates", "target_width"):
+            check_whole(name, getattr(self, name))
+        for name in ("meta_lr", "critic_lr", "max_rho"):
+            check_positive(name, getattr(self, name))
+        for name in ("consistency_coef", "outer_value_coef", "outer_entropy_coef"):
+            check_number(name, getattr(self, name), 0.0, sys.float_info.max)
+        if self.inner_optimizer not in INNER_OPTIMIZERS:
+            raise ConfigError(
+                f"inner_optimizer must be one of {INNER_OPTIMIZERS}, not {self.inner_optimizer!r}"
+            )
+
+
+LearnerConfig = MamlTrpoConfig | A2cConfig | PpoConfig | TdLambdaConfig | LirpgConfig | FrodoConfig
 
 METHODS: dict[str, type[LearnerConfig]] = {
     "maml-trpo": MamlTrpoConfig,
     "a2c": A2cConfig,
     "ppo": PpoConfig,
+    "td-lambda": TdLambdaConfig,
     "lirpg": LirpgConfig,
+    "frodo": FrodoConfig,
 }
 """Configurations by the name of their method."""
 

@@ -29,7 +29,7 @@ whole. Both are the authors' choices.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ from learners.core.actor_critic import (
     rollout,
     stack,
     standardise_rows,
+    standardise_with_pullback,
     surrogate_slope,
     take,
     value_loss_slope,
@@ -54,8 +55,8 @@ from learners.core.actor_critic import (
 )
 from learners.core.contract import Agents, State, check_params
 from learners.core.intrinsic import IntrinsicReward
-from learners.core.optim import Adam, Optimizer, RMSProp, clip_by_norm
-from learners.core.params import detach, flatten_members, one_member, unflatten_members
+from learners.core.optim import Adam, RMSProp, clip_by_norm, clip_pullback
+from learners.core.params import flatten_members, one_member, unflatten_members
 from learners.core.replicas import Replicas
 from learners.core.returns import gae_matrix, stream_gae
 from learners.core.reward_description import describe_reward
@@ -111,7 +112,7 @@ class Lirpg(Replicas):
         return IntrinsicReward(self.networks)
 
     @property
-    def optimizer(self) -> Optimizer:
+    def optimizer(self) -> Adam | RMSProp:
         """Of both groups."""
         return Adam(eps=1e-5) if self.config.form == "ppo" else RMSProp(decay=0.99, eps=1e-5)
 
@@ -160,8 +161,8 @@ class Lirpg(Replicas):
             for number, rows in enumerate(epoch):
                 batch_steps = steps.part(number * rows.shape[1], rows.shape[1])
                 step = self.differentiate(theta, eta, slots, lr, window, rows, batch_steps)
-                grads, norm = clip_by_norm({"flat": step.meta_grad}, c.max_grad_norm)
-                with torch.no_grad():
+                with torch.inference_mode():
+                    grads, norm = clip_by_norm({"flat": step.meta_grad}, c.max_grad_norm)
                     updated, meta_slots = self.optimizer.update(
                         {"flat": eta}, grads, meta_slots, meta_lr
                     )
@@ -169,10 +170,10 @@ class Lirpg(Replicas):
             for name, value in (step.metrics() | {"meta/grad_norm": norm}).items():
                 totals[name] = totals.get(name, 0.0) + float(value.mean()) / c.num_epochs
         groups = {
-            "params": unflatten_members(theta, window.like),
-            "meta_params": unflatten_members(eta, window.meta_like),
-            "optimizer": slots,
-            "meta_optimizer": meta_slots,
+            "params": unflatten_members(theta.clone(), window.like),
+            "meta_params": unflatten_members(eta.clone(), window.meta_like),
+            "optimizer": {name: slot.clone() for name, slot in slots.items()},
+            "meta_optimizer": {name: slot.clone() for name, slot in meta_slots.items()},
         }
         for group in ("params", "meta_params"):
             check_params(groups[group], group)
@@ -206,6 +207,9 @@ class Lirpg(Replicas):
     ) -> Step:
         """θ' of each replica, and the gradient of its outer loss by η.
 
+        Every derivative is written by hand, and the results are inference tensors of torch's, to be
+        cloned before anything is differentiated through them.
+
         Args:
             theta: [M, P], π and v_mix.
             eta: [M, Q], r_in and v_ex.
@@ -216,89 +220,88 @@ class Lirpg(Replicas):
             b: these steps.
         """
         c, clip, size = self.config, self.clip_ratio, rows.shape[1]
-        theta = theta.detach().requires_grad_()
-        eta = eta.detach().requires_grad_()
-        params = unflatten_members(theta, window.like)
-        meta_params = unflatten_members(eta, window.meta_like)
-        advantage, returns = self.mixed(meta_params, window, rows, b)
+        with torch.inference_mode():
+            params = unflatten_members(theta, window.like)
+            meta_params = unflatten_members(eta, window.meta_like)
+            advantage, returns, mixed_pullback = self.mixed(meta_params, window, rows, b)
 
-        # g = ∇θ L_in, by the derivatives ℓ_π and ℓ_v of L_in at each step.
-        dist, value = self.networks(params, b.obs)
-        log_prob = dist.log_prob(b.action)
-        with torch.no_grad():
-            slope = surrogate_slope(log_prob - b.log_prob, advantage, clip) / size
-            value_slope, by_return = value_loss_slope(value, b.mixed_value, returns, clip)
-        outputs = [log_prob, value]
-        seeds = [slope * advantage.detach(), value_slope * (c.value_coef / size)]
-        if c.entropy_coef > 0.0:
-            outputs.append(dist.entropy().mean(1))
-            seeds.append(torch.full_like(outputs[-1], -c.entropy_coef))
-        (grad,) = torch.autograd.grad(outputs, theta, seeds)
-
-        # θ', and u = ∂L_out/∂g.
-        grad.requires_grad_()
-        clipped, norm = clip_by_norm({"flat": grad}, c.max_grad_norm)
-        stepped, new_slots = self.optimizer.update({"flat": theta.detach()}, clipped, slots, lr)
-        log_ratio = self.log_ratio(stepped["flat"], window, b)
-        target = self.extrinsic_advantage(b)
-        with torch.no_grad():
-            outer_slope = surrogate_slope(log_ratio, target, clip) * target / size
-        (along,) = torch.autograd.grad(log_ratio, grad, outer_slope)
-
-        # ∂/∂η ⟨u, g⟩, where ℓ_π is linear in the advantage and ℓ_v in the return.
-        with torch.no_grad():
-            log_prob_along, value_along = self.networks.tangents(
-                params, unflatten_members(along, window.like), b.obs, b.action
+            # g = ∇θ L_in, by the derivatives ℓ_π and ℓ_v of L_in at each step.
+            acting = self.networks.acting(params, b.obs, b.action)
+            valuing = self.networks.valuing(params, acting)
+            moved = acting.log_prob - b.log_prob
+            slope = surrogate_slope(moved, advantage, clip) / size
+            value_slope, by_return = value_loss_slope(
+                valuing.outputs, b.mixed_value.unsqueeze(-1), returns.unsqueeze(-1), clip
             )
-            by_advantage = slope * log_prob_along
-            by_return = by_return * value_along * (c.value_coef / size)
-        value_loss = self.extrinsic_value_loss(meta_params, b)
-        (meta_grad,) = torch.autograd.grad(
-            [advantage, returns, value_loss],
-            eta,
-            [by_advantage, by_return, torch.full_like(value_loss, c.extrinsic_value_coef)],
-        )
+            scale = c.value_coef / size
+            grads, by_trunk = valuing.pullback(value_slope * scale, acting.trunk is not None)
+            grads |= acting.gradient(slope * advantage, -c.entropy_coef / size, by_trunk)
+            grad = {"flat": flatten_members(grads)}
+
+            # θ', and u = ∂L_out/∂g.
+            clipped, norm = clip_by_norm(grad, c.max_grad_norm)
+            stepped, new_slots = self.optimizer.update({"flat": theta}, clipped, slots, lr)
+            after = self.networks.acting(
+                unflatten_members(stepped["flat"], window.like), b.obs, b.action
+            )
+            moved_after, target = after.log_prob - b.log_prob, self.extrinsic_advantage(b)
+            outer_slope = surrogate_slope(moved_after, target, clip) * target / size
+            # Entries are in the order of their names: the policy's come first.
+            by_policy = flatten_members(after.gradient(outer_slope))
+            by_theta = functional.pad(by_policy, (0, theta.shape[1] - by_policy.shape[1]))
+            by_clipped = by_theta * self.optimizer.slope(clipped, new_slots, lr)["flat"]
+            by_grad = clip_pullback({"flat": by_clipped}, grad, norm, c.max_grad_norm)
+
+            # ∂/∂η ⟨u, g⟩, where ℓ_π is linear in the advantage and ℓ_v in the return.
+            along = unflatten_members(by_grad["flat"], window.like)
+            log_prob_along, trunk_along = acting.tangent(along)
+            value_along = valuing.tangent(along, trunk_along)
+            meta_grads = mixed_pullback(
+                slope * log_prob_along, (by_return * value_along * scale).squeeze(-1)
+            )
+            value, value_grads = self.extrinsic_value(meta_params, b)
+            meta_grad = flatten_members(added(meta_grads, value_grads))
         return Step(
-            stepped["flat"].detach(),
-            detach(new_slots),
-            meta_grad,
-            norm,
-            log_prob.detach() - b.log_prob,
-            log_ratio.detach(),
-            target,
-            value_loss.detach(),
-            clip,
+            stepped["flat"], new_slots, meta_grad, norm, moved, moved_after, target, value, b, clip
         )
 
     def mixed(
         self, meta_params: Params, window: Window, rows: Tensor, b: Steps
-    ) -> tuple[Tensor, Tensor]:
-        """Advantages and returns of the mixed reward, [M, B], with gradient to r_in."""
-        intrinsic = self.intrinsic.reward(meta_params, window.seen, window.action)
-        delta = self.config.intrinsic_coef * intrinsic + window.fixed
-        advantage = advantages_of(delta, window, rows)
-        returns = advantage + b.mixed_value
-        if self.config.form == "ppo":
-            advantage = standardise_rows(advantage)
-        return advantage, returns
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Params]]:
+        """Advantages and returns of the mixed reward, [M, B], and their gradient by r_in's entries.
 
-    def log_ratio(self, theta: Tensor, window: Window, b: Steps) -> Tensor:
-        """Log π_θ − log π_old of each step, [M, B], with gradient to θ [M, P]."""
-        # Entries are in the order of their names: the policy's come first.
-        like = part(window.like, POLICY)
-        size = sum(p.numel() for p in like.values())
-        acting = unflatten_members(theta[:, :size], like)
-        dist = self.policy.read_out(acting, self.policy.features(acting, b.obs))
-        return dist.log_prob(b.action) - b.log_prob
+        The third result makes it of derivatives of a function by the first two.
+        """
+        c, intrinsic = self.config, self.intrinsic
+        rewarding = intrinsic.rewarding(meta_params, window.seen)
+        reward = intrinsic.read_out(rewarding.outputs, window.action)
+        weights = take(window.matrix, rows)
+        advantage = weighted_sums(weights, c.intrinsic_coef * reward + window.fixed)
+        returns, standard_pullback = advantage + b.mixed_value, None
+        if c.form == "ppo":
+            advantage, standard_pullback = standardise_with_pullback(advantage)
+
+        def pullback(by_advantage: Tensor, by_return: Tensor) -> Params:
+            if standard_pullback is not None:
+                by_advantage = standard_pullback(by_advantage)
+            by_delta = torch.bmm((by_advantage + by_return).unsqueeze(1), weights).squeeze(1)
+            by_reward = c.intrinsic_coef * by_delta
+            by_outputs = intrinsic.read_out_pullback(by_reward, reward, window.action)
+            return rewarding.pullback(by_outputs)[0]
+
+        return advantage, returns, pullback
+
+    def extrinsic_value(self, meta_params: Params, b: Steps) -> tuple[Tensor, Params]:
+        """v_ex, [M, B], and the gradient of its part of the outer loss by its entries."""
+        valuing = self.intrinsic.valuing(meta_params, b.obs)
+        value = valuing.outputs.squeeze(-1)
+        slope, _ = value_loss_slope(value, b.value, b.returns, self.clip_ratio)
+        slope = slope * (self.config.extrinsic_value_coef / slope.shape[1])
+        return value, valuing.pullback(slope.unsqueeze(-1))[0]
 
     def extrinsic_advantage(self, b: Steps) -> Tensor:
         """Â_ex as the outer surrogate has it, [M, B]."""
         return standardise_rows(b.advantage) if self.config.form == "ppo" else b.advantage
-
-    def extrinsic_value_loss(self, meta_params: Params, b: Steps) -> Tensor:
-        """Loss of v_ex of each replica, [M]."""
-        value = self.intrinsic.value(meta_params, b.obs)
-        return clipped_value_loss(value, b.value, b.returns, self.clip_ratio).mean(1)
 
     # --- Parts ---
 
@@ -341,7 +344,7 @@ class Lirpg(Replicas):
         params, meta_params = state["params"], state["meta_params"]
         with torch.no_grad():
             reward = self.intrinsic.reward(meta_params, window.seen, window.action)
-            own = advantages_of(reward, window, rows)
+            own = weighted_sums(take(window.matrix, rows), reward)
         b = window.steps.rows(rows)
         acting = part(params, POLICY)
         leaf = flatten_members(acting).requires_grad_()
@@ -372,22 +375,30 @@ class Step:
     moved: Tensor  # [M, B], log π_θ − log π_old
     moved_after: Tensor  # [M, B], log π_θ' − log π_old
     advantage: Tensor  # [M, B], of the outer surrogate
-    value_loss: Tensor  # [M], of v_ex
+    value: Tensor  # [M, B], v_ex
+    steps: Steps
     clip: float | None
 
     def metrics(self) -> dict[str, Tensor]:
         """Losses and sizes, each with members first."""
+        b = self.steps
         return {
             "inner/grad_norm": self.norm,
             "inner/kl": -self.moved,
             "meta/loss": clipped_surrogate(self.moved_after, self.advantage, self.clip),
-            "meta/value_loss": self.value_loss,
+            "meta/value_loss": clipped_value_loss(self.value, b.value, b.returns, self.clip),
         }
 
 
-def advantages_of(delta: Tensor, window: Window, rows: Tensor) -> Tensor:
+def weighted_sums(weights: Tensor, delta: Tensor) -> Tensor:
     """W_B δ, [M, N] → [M, B]: a product with a row, which is faster than one with a column."""
-    return torch.bmm(delta.unsqueeze(1), take(window.matrix, rows).mT).squeeze(1)
+    return torch.bmm(delta.unsqueeze(1), weights.mT).squeeze(1)
+
+
+def added(grads: Params, others: Params) -> Params:
+    """The entries of both, their sum where both have one."""
+    shared = {name: grads[name] + others[name] for name in grads.keys() & others.keys()}
+    return grads | others | shared
 
 
 def first_member(params: Params) -> Params:

@@ -13,7 +13,9 @@ LEARNERS: dict[str, str] = {
     "maml-trpo": "learners.maml:MamlTrpo",
     "a2c": "learners.a2c:A2c",
     "ppo": "learners.ppo:Ppo",
+    "td-lambda": "learners.td_lambda:TdLambda",
     "lirpg": "learners.lirpg:Lirpg",
+    "frodo": "learners.frodo:Frodo",
 }
 
 

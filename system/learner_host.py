@@ -232,6 +232,8 @@ class LearnerHost:
             ConfigError: its entries or shapes are not this learner's.
         """
         for group, params in self.state.items():
+            if not params:  # what such a group holds depends on the data
+                continue
             theirs = {name: p.shape for name, p in state.get(group, {}).items()}
             if theirs != {name: p.shape for name, p in params.items()}:
                 raise ConfigError(f"the checkpoint's {group} do not fit this learner")

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from learners.config import A2cConfig, LearnerConfig, LirpgConfig, MamlTrpoConfig, PpoConfig
-from system.config import RunConfig, TaskOption
+from learners.config import (
+    A2cConfig,
+    FrodoConfig,
+    LearnerConfig,
+    LirpgConfig,
+    MamlTrpoConfig,
+    PpoConfig,
+    TdLambdaConfig,
+)
+from system.config import RunConfig, RuntimeConfig, TaskOption
 
 MAML = MamlTrpoConfig(inner_loss="likelihood_ratio", gae_lambda=0.9, max_kl=0.02)
 """Common to all presets.
@@ -290,6 +298,137 @@ def lirpg_breakout() -> RunConfig:
     return on_atari(learner, "lirpg/atari-breakout")
 
 
+# --- Discovered targets, and what they are compared with ---
+
+CATCH_ENVS = 32
+CATCH_STEPS = 3_000_000
+"""Environment steps of each replica."""
+
+CATCH = FrodoConfig(
+    num_steps=3, hidden=(64,), lr=3e-3, entropy_coef=0.01, gamma=0.99, critic_lr=1e-3
+)
+CATCH_A2C = A2cConfig(num_steps=3, hidden=(64,), lr=3e-3, entropy_coef=0.01)
+
+
+def catch_presets() -> dict[str, Callable[[], RunConfig]]:
+    """FRODO on trajectories of three steps, and actor-critics that see as far, less or more."""
+    variants: dict[str, tuple[A2cConfig | FrodoConfig, str]] = {
+        "frodo/catch": (CATCH, "FRODO from scratch, trajectories of 3 steps."),
+        "frodo/catch-residual": (
+            replace(CATCH, residual=True),
+            "The same, starting from V-trace's target.",
+        ),
+        "a2c/catch": (CATCH_A2C, "A2C that bootstraps, trajectories of 3 steps."),
+        "a2c/catch-full": (
+            replace(CATCH_A2C, num_steps=15),
+            "A2C with a full horizon: three episodes at a time.",
+        ),
+        "a2c/catch-lookahead": (
+            replace(CATCH_A2C, num_steps=15, bootstrap=False, lookahead=3),
+            "A2C whose returns are the next 3 rewards.",
+        ),
+        "a2c/catch-no-bootstrap": (
+            replace(CATCH_A2C, bootstrap=False),
+            "A2C on trajectories of 3 steps, after which nothing is expected.",
+        ),
+    }
+
+    def preset(name: str) -> Callable[[], RunConfig]:
+        learner, doc = variants[name]
+
+        def make() -> RunConfig:
+            steps = learner.num_steps * CATCH_ENVS
+            return online(learner, name, "catch", CATCH_ENVS, -(-CATCH_STEPS // steps))
+
+        make.__doc__ = doc
+        return make
+
+    return {name: preset(name) for name in variants}
+
+
+def online(
+    learner: LearnerConfig, preset: str, task: str, num_envs: int, iterations: int, members: int = 5
+) -> RunConfig:
+    """Replicas on a toy domain, in one process: chunks are too short to be sent around."""
+    return RunConfig(
+        preset=preset,
+        task=task,
+        learner=learner,
+        iterations=iterations,
+        num_members=members,
+        num_envs=num_envs,
+        members_per_slot=members,
+        eval_every=0,
+        eval_tasks=members * 100,
+        log_every=50,
+        picture_every=5000,
+        runtime=RuntimeConfig(backend="serial", learner_threads=1),
+    )
+
+
+WALK_STEPS = 200_000
+"""Environment steps of a lifetime on a random walk: some 200 flips."""
+
+WALK = FrodoConfig(
+    num_steps=16, hidden=(), gamma=1.0, lr=0.1, inner_optimizer="sgd", max_grad_norm=10.0
+)
+WALK_TD = TdLambdaConfig(gamma=1.0)
+
+
+def walk_presets() -> dict[str, Callable[[], RunConfig]]:
+    """Values of a random walk, discovered target against fixed TD(λ)."""
+    variants: dict[str, tuple[LearnerConfig, str, str]] = {
+        "frodo/random-walk-flip": (
+            WALK,
+            "random-walk-flip",
+            "FRODO predicts a random walk whose reward changes its sign every 960 steps.",
+        ),
+        "td-lambda/random-walk-flip": (WALK_TD, "random-walk-flip", "TD(λ) on the same walk."),
+        "frodo/random-walk-off-policy": (
+            WALK,
+            "random-walk-off-policy",
+            "FRODO predicts the value of another policy than the one that walks.",
+        ),
+        "frodo/random-walk-off-policy-blind": (
+            replace(WALK, sees_policies=False),
+            "random-walk-off-policy",
+            "The same without both policies' probabilities among the target's inputs.",
+        ),
+        "td-lambda/random-walk-off-policy": (
+            WALK_TD,
+            "random-walk-off-policy",
+            "TD(λ) with importance ratios.",
+        ),
+    }
+
+    def preset(name: str) -> Callable[[], RunConfig]:
+        learner, task, doc = variants[name]
+
+        def make() -> RunConfig:
+            return online(learner, name, task, 1, WALK_STEPS // 16, members=10)
+
+        make.__doc__ = doc
+        return make
+
+    return {name: preset(name) for name in variants}
+
+
+def frodo_breakout() -> RunConfig:
+    """FRODO on Atari Breakout, asynchronous; --task atari-<game> takes another game."""
+    learner = FrodoConfig(
+        num_steps=20,
+        lr=6e-4,
+        lr_decay_updates=0,
+        entropy_coef=0.01,
+        meta_lr=3e-4,
+        target_width=256,
+        residual=True,
+    )
+    return replace(
+        on_atari(learner, "frodo/atari-breakout"), iterations=313, envs_per_slot=4, max_lag=4
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "maml-trpo/navigation-2d": navigation_2d,
     "maml-trpo/half-cheetah-dir": half_cheetah_dir,
@@ -306,4 +445,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "ppo/cartpole": ppo_cartpole,
     **{name: make for robot in DELAYED for name, make in delayed_presets(robot).items()},
     "lirpg/atari-breakout": lirpg_breakout,
+    **catch_presets(),
+    **walk_presets(),
+    "frodo/atari-breakout": frodo_breakout,
 }

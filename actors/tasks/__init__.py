@@ -34,6 +34,9 @@ FAMILIES: dict[str, str] = {
     "delayed-humanoid": "actors.tasks.locomotion:DelayedHumanoid",
     "bandit": "actors.tasks.bandit:Bandit",
     "tabular-mdp": "actors.tasks.tabular_mdp:TabularMDP",
+    "catch": "actors.tasks.catch:Catch",
+    "random-walk-flip": "actors.tasks.random_walk:RandomWalkFlip",
+    "random-walk-off-policy": "actors.tasks.random_walk:RandomWalkOffPolicy",
 }
 """Name → "module:Class". Beside these, `atari-<game>`, `gym:<id>` and a user's `module:Class`."""
 

@@ -189,8 +189,11 @@ class _PlanarEnv(MujocoBatch):
 
     def observe(self) -> np.ndarray:
         """Positions without x, then velocities."""
-        velocity = np.clip(self.qvel, -self.velocity_limit, self.velocity_limit)
-        return np.concatenate((self.qpos[:, 1:], velocity), 1, dtype=np.float32)
+        obs: np.ndarray = self.coordinates[:, 1:].astype(np.float32)
+        velocity = obs[:, self.qpos.shape[1] - 1 :]
+        np.minimum(velocity, self.velocity_limit, out=velocity)
+        np.maximum(velocity, -self.velocity_limit, out=velocity)
+        return obs
 
     def position(self) -> Array:
         """The root's x."""
@@ -216,12 +219,19 @@ class HopperEnv(_PlanarEnv):
     reset_noise = 0.005
     normal_velocities = False
 
+    def __init__(self, spec: Spec, num_envs: int) -> None:
+        super().__init__(spec, num_envs)
+        # Bounds of x, height, angle, and then all other numbers of the state.
+        others = [100.0] * (self.coordinates.shape[1] - 3)
+        self._healthy_high = np.array([np.inf, np.inf, 0.2, *others])
+        self._healthy_low = np.array([-np.inf, 0.7, -0.2, *np.negative(others)])
+
     def alive(self) -> np.ndarray:
         """Whether height, angle and all other numbers of the state are in range."""
-        height, angle = self.qpos[:, 1], self.qpos[:, 2]
-        upright = (height > 0.7) & (np.abs(angle) < 0.2)
-        joints, velocities = np.abs(self.qpos[:, 2:]), np.abs(self.qvel)
-        return upright & (joints < 100.0).all(1) & (velocities < 100.0).all(1)
+        state = self.coordinates
+        inside = (self._healthy_low < state) & (state < self._healthy_high)
+        alive: np.ndarray = np.logical_and.reduce(inside, 1)
+        return alive
 
 
 class HalfCheetahEnv(_PlanarEnv):

@@ -10,8 +10,7 @@ Observations, rewards and resets are computed for the whole batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mujoco
@@ -41,18 +40,18 @@ _BAD_STATES = tuple(
 Array = NDArray[np.float64]
 
 
-@contextmanager
-def _no_log_file() -> Iterator[None]:
+class _NoLogFile:
     """Keeps MuJoCo's warnings from standard error and from a log file in the working folder.
 
     Bad states are counted by the environment instead.
     """
-    previous = mujoco.get_mju_user_warning()
-    mujoco.set_mju_user_warning(_ignore)
-    try:
-        yield
-    finally:
-        mujoco.set_mju_user_warning(previous)
+
+    def __enter__(self) -> None:
+        self._previous = mujoco.get_mju_user_warning()
+        mujoco.set_mju_user_warning(_ignore)
+
+    def __exit__(self, *error: object) -> None:
+        mujoco.set_mju_user_warning(self._previous)
 
 
 def _ignore(message: str) -> None:
@@ -62,7 +61,7 @@ def _ignore(message: str) -> None:
 @functools.cache
 def load_model(xml_file: str) -> mujoco.MjModel:
     """Gymnasium's own robot of that name, compiled once per process."""
-    with _no_log_file():
+    with _NoLogFile():
         return mujoco.MjModel.from_xml_path(expand_model_path(xml_file))
 
 
@@ -123,8 +122,8 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             return self.physics[:, start : start + width]
 
         self.physics = np.zeros((self.num_envs, mujoco.mj_stateSize(model, _SAVED)))
-        self.qpos = columns(mujoco.mjtState.mjSTATE_QPOS, model.nq)
-        self.qvel = columns(mujoco.mjtState.mjSTATE_QVEL, model.nv)
+        self.coordinates = columns(mujoco.mjtState.mjSTATE_QPOS, model.nq + model.nv)
+        self.qpos, self.qvel = self.coordinates[:, : model.nq], self.coordinates[:, model.nq :]
         self._control = columns(mujoco.mjtState.mjSTATE_CTRL, model.nu)
         self._rows = list(self.physics)
         self._warnings = memoryview(self.data.warning.number)
@@ -221,7 +220,8 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         action = np.asarray(actions, np.float64)
         if action.shape != self._control.shape:
             raise ValueError(f"actions have shape {action.shape}, expected {self._control.shape}")
-        control = np.clip(action * self.action_scale, self._lowest, self._highest)
+        # Twice as fast as numpy.clip for a few numbers.
+        control = np.minimum(np.maximum(action * self.action_scale, self._lowest), self._highest)
         ended_before = self._ended.copy()
         before = self.position().copy()
         self._control[:] = control
@@ -230,13 +230,13 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if alive is not None:
             self.standing = alive
         reward = self.reward((self.position() - before) / self.dt, control).astype(np.float32)
-        reward[self._bad] = np.nan
-        reward[ended_before] = 0.0
+        np.putmask(reward, self._bad, np.nan)
+        np.putmask(reward, ended_before, 0.0)
         self._steps += ~ended_before
         self._ended |= self._steps >= self.horizon
         if alive is not None:
             self._ended |= ~alive | self._bad
-        return self.observe(), reward, self._ended.copy(), np.zeros_like(self._ended), {}
+        return self.observe(), reward, self._ended.copy(), np.zeros(self.num_envs, bool), {}
 
     def _simulate(self) -> None:
         """Advances every environment that has not ended, and marks those in a bad state."""
@@ -245,8 +245,10 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         advance, read, frame_skip = mujoco.mj_step, self.read_step, self.frame_skip
         bad_qpos, bad_qvel, bad_qacc, bad_ctrl = _BAD_STATES
         self._bad[:] = False
-        with _no_log_file():
-            for index in np.flatnonzero(~self._ended).tolist():
+        with _NoLogFile():
+            for index, ended in enumerate(self._ended.tolist()):
+                if ended:
+                    continue
                 row = rows[index]
                 set_state(model, data, row, _SAVED)
                 advance(model, data, frame_skip)

@@ -15,12 +15,14 @@ from torch import Tensor
 from learners.config import ActorCriticSettings
 from learners.core import networks
 from learners.core.errors import ConfigError
+from learners.core.networks import Layer, Pass
 from learners.core.normalizer import Normalizer, normalize_obs
-from learners.core.policy import Distribution, Policy
+from learners.core.policy import MIN_LOG_STD, Categorical, Distribution, Policy
 from learners.core.returns import bootstraps
 from learners.core.trajectory import Params, Spec, Trajectory
 
 POLICY, VALUE = "policy.", "value."
+LOG_STD = POLICY + "log_std"
 
 
 def part(params: Params, prefix: str) -> Params:
@@ -95,32 +97,90 @@ class ActorCritic:
         value = networks.mlp(part(params, VALUE), below, self.trunk)
         return self.policy.read_out(acting, hidden), value.squeeze(-1)
 
-    def tangents(
-        self, params: Params, along: Params, obs: Tensor, action: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Derivatives of log π(action|obs) and of the value along a direction of θ, both [M, N]."""
-        policy, image = self.policy, self.policy.spec.image
-        acting, acting_along = part(params, POLICY), part(along, POLICY)
-        below, below_along = obs, None
-        if image is not None:
-            below, below_along = networks.convolve_tangent(acting, acting_along, obs, image)
-        hidden, hidden_along, outputs, outputs_along = networks.mlp_tangent(
-            acting, acting_along, below, self.trunk, below_along
-        )
-        dist = policy.from_outputs(acting, outputs)
-        log_prob = dist.log_prob_tangent(action, outputs_along, acting_along)
+    def acting(self, params: Params, obs: Tensor, action: Tensor) -> Acting:
+        """The policy's log π(action) at normalized `obs`, with derivatives by hand."""
+        policy, image, trunk = self.policy, self.policy.spec.image, None
         if image is None:
-            hidden, hidden_along = obs, None  # type: ignore[assignment]
-        *_, value = networks.mlp_tangent(
-            part(params, VALUE), part(along, VALUE), hidden, self.trunk, hidden_along
-        )
-        return log_prob, value.squeeze(-1)
+            layers = networks.perceptron(POLICY, len(policy.hidden) + 1, policy.activation)
+        else:
+            layers = (Layer(f"{POLICY}layer1"),)
+            images = networks.frames(obs, image, params[f"{POLICY}conv0.weight"].dtype)
+            trunk = Pass.through(networks.pixel_trunk(POLICY), params, images)
+        head = Pass.through(layers, params, obs if trunk is None else trunk.outputs)
+        free = {} if policy.spec.discrete else {"log_std": params[LOG_STD]}
+        dist = policy.from_outputs(free, head.outputs)
+        return Acting(trunk, head, dist, dist.log_prob(action), score(dist, action))
+
+    def valuing(self, params: Params, acting: Acting) -> Pass:
+        """The value of what `acting` has seen, [M, N, 1]: for pixels on the trunk of that."""
+        num_layers = len(self.policy.hidden) + 1 if acting.trunk is None else 1
+        layers = networks.perceptron(VALUE, num_layers, self.trunk)
+        return Pass.through(layers, params, acting.head.inputs)
 
     def value(self, params: Params, obs: Tensor) -> Tensor:
         """The value alone, [M, N]."""
         if self.policy.spec.image is not None:
             obs = self.policy.features(part(params, POLICY), obs)
         return networks.mlp(part(params, VALUE), obs, self.trunk).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Log-probabilities of some actions, kept for their derivatives; see `networks.Pass`."""
+
+    trunk: Pass | None  # of pixels
+    head: Pass
+    dist: Distribution
+    log_prob: Tensor  # [M, N]
+    score: Params  # derivatives of log_prob, as the function `score` has them
+
+    def gradient(
+        self, by_log_prob: Tensor, by_entropy: float = 0.0, by_trunk: Tensor | None = None
+    ) -> Params:
+        """Gradient by the policy's entries of a function of log π, the entropy and the trunk.
+
+        Args:
+            by_log_prob: derivative of the function by log π of each step, [M, N].
+            by_entropy: by the entropy at each step.
+            by_trunk: by the trunk's outputs.
+        """
+        slopes = {name: p * by_log_prob.unsqueeze(-1) for name, p in self.score.items()}
+        if by_entropy:
+            for name, slope in entropy_slopes(self.dist).items():
+                slopes[name] += by_entropy * slope
+        grads, cotangent = self.head.pullback(slopes["outputs"], self.trunk is not None)
+        if self.trunk is not None:
+            cotangent = cotangent if by_trunk is None else cotangent + by_trunk
+            grads |= self.trunk.pullback(cotangent)[0]
+        if "log_std" in slopes:
+            grads[LOG_STD] = slopes["log_std"].sum(1)
+        return grads
+
+    def tangent(self, along: Params) -> tuple[Tensor, Tensor | None]:
+        """Derivative of log π along a direction, [M, N], and that of the trunk's outputs."""
+        trunk = None if self.trunk is None else self.trunk.tangent(along)
+        moved = self.score["outputs"] * self.head.tangent(along, trunk)
+        if "log_std" in self.score:
+            moved += self.score["log_std"] * along[LOG_STD].unsqueeze(1)
+        return moved.sum(-1), trunk
+
+
+def score(dist: Distribution, action: Tensor) -> Params:
+    """Derivatives of log π(action) by the network's "outputs" and by "log_std", [M, N, A]."""
+    if isinstance(dist, Categorical):
+        chosen = torch.zeros_like(dist.logits).scatter_(-1, action.unsqueeze(-1), 1.0)
+        return {"outputs": chosen - dist.logits.exp()}
+    inverse = torch.exp(-dist.log_std)
+    scaled = (action - dist.mean) * inverse
+    moving = dist.log_std > MIN_LOG_STD
+    return {"outputs": scaled * inverse, "log_std": (scaled.square() - 1.0) * moving}
+
+
+def entropy_slopes(dist: Distribution) -> Params:
+    """Derivatives of the entropy at each step by what it depends on, named as in `score`."""
+    if isinstance(dist, Categorical):
+        return {"outputs": -dist.logits.exp() * (dist.logits + dist.entropy().unsqueeze(-1))}
+    return {"log_std": (dist.log_std > MIN_LOG_STD).to(dist.mean.dtype)}
 
 
 @dataclass(frozen=True)
@@ -156,14 +216,24 @@ def values(
 
     `value` maps normalized observations [M, N, O] to values [M, N].
     """
-    t = trajectory
     with torch.no_grad():
-        now = value(data.obs).view_as(t.reward)
-        last = value(normalize_obs(statistics, t.last_obs))
-        final = torch.zeros_like(now)
-        if bool(t.truncated.any()):
-            final = value(normalize_obs(statistics, t.final_obs.flatten(1, 2))).view_as(now)
-        return now, bootstraps(now, last, final, t.terminated, t.truncated)
+        now = value(data.obs).view_as(trajectory.reward)
+        return now, next_values(value, now, trajectory, statistics)
+
+
+def next_values(
+    value: Callable[[Tensor], Tensor], now: Tensor, trajectory: Trajectory, statistics: Params
+) -> Tensor:
+    """Value of what follows each observation, given those of the observations, [M, T, E].
+
+    Gradient flows to `now` and to what `value` depends on.
+    """
+    t = trajectory
+    last = value(normalize_obs(statistics, t.last_obs))
+    final = torch.zeros_like(now)
+    if bool(t.truncated.any()):
+        final = value(normalize_obs(statistics, t.final_obs.flatten(1, 2))).view_as(now)
+    return bootstraps(now, last, final, t.terminated, t.truncated)
 
 
 def minibatches(
@@ -183,14 +253,29 @@ def minibatches(
 
 def take(tensor: Tensor, rows: Tensor) -> Tensor:
     """Rows of each member: [M, N, …] and [M, B] → [M, B, …]."""
-    members = torch.arange(len(rows), device=rows.device).unsqueeze(1)
-    return tensor[members, rows]
+    members = torch.arange(len(rows), device=rows.device).unsqueeze(1) * tensor.shape[1]
+    taken = tensor.flatten(0, 1).index_select(0, (rows + members).view(-1))
+    return taken.view(*rows.shape, *tensor.shape[2:])
 
 
 def standardise_rows(value: Tensor, eps: float = 1e-8) -> Tensor:
     """Each member's minibatch [M, B] with mean 0 and deviation 1; gradient flows through both."""
+    return standardise_with_pullback(value, eps)[0]
+
+
+def standardise_with_pullback(
+    value: Tensor, eps: float = 1e-8
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`standardise_rows`, and what makes a cotangent of the result one of `value`."""
     centred = value - value.mean(1, keepdim=True)
-    return centred / (centred.square().mean(1, keepdim=True).sqrt() + eps)
+    deviation = centred.square().mean(1, keepdim=True).sqrt()
+    standard = centred / (deviation + eps)
+
+    def pullback(cotangent: Tensor) -> Tensor:
+        along = (cotangent * standard).mean(1, keepdim=True) / deviation
+        return (cotangent - cotangent.mean(1, keepdim=True)) / (deviation + eps) - along * standard
+
+    return standard, pullback
 
 
 def decayed(lr: float, num_updates: int, decay_updates: int) -> float:

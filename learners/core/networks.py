@@ -8,12 +8,14 @@ member.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from learners.core.trajectory import Params
 
@@ -32,7 +34,12 @@ class Tanh(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Grad · (1 − y²)."""
         (y,) = ctx.saved_tensors
-        return torch.ops.aten.tanh_backward(grad, y)  # type: ignore[no-any-return]
+        return tanh_pullback(grad, y)
+
+
+def tanh_pullback(cotangent: Tensor, y: Tensor) -> Tensor:
+    """A cotangent of y = tanh x as one of x: cotangent · (1 − y²)."""
+    return torch.ops.aten.tanh_backward(cotangent, y)  # type: ignore[no-any-return]
 
 
 FAST_TANH_SIZE = 2**15
@@ -49,6 +56,14 @@ def tanh(x: Tensor) -> Tensor:
         return torch.tanh(x)
     result: Tensor = Tanh.apply(x)  # type: ignore[no-untyped-call]
     return result
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """The hyperbolic tangent in place, as `Tanh` where `tanh` may use that; without gradient."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return x.tanh_()
+    x.add_(x).sigmoid_()
+    return x.add_(x).sub_(1.0)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": tanh, "relu": torch.relu}
@@ -136,11 +151,7 @@ def features(params: Params, inputs: Tensor, activation: str) -> Tensor:
 def head(params: Params, hidden: Tensor) -> Tensor:
     """The last layer, [M, N, width] → [M, N, out]."""
     last = f"layer{num_layers(params) - 1}"
-    weight, bias = params[f"{last}.weight"], params[f"{last}.bias"]
-    if weight.shape[-1] == 1:
-        # Several times faster than a product with a column.
-        return (hidden * weight.mT).sum(-1, keepdim=True) + bias.unsqueeze(1)
-    return torch.baddbmm(bias.unsqueeze(1), hidden, weight)
+    return affine(hidden, params[f"{last}.weight"], params[f"{last}.bias"])
 
 
 def num_layers(params: Params) -> int:
@@ -153,60 +164,163 @@ def num_layers(params: Params) -> int:
 
 def convolve(params: Params, obs: Tensor, image: tuple[int, int, int]) -> Tensor:
     """The convolutions of the one member, bytes [1, N, O] → [1, N, features], ReLU between."""
-    hidden = obs[0].view(-1, *image).to(params["conv0.weight"].dtype) / 255.0
+    hidden = frames(obs, image, params["conv0.weight"].dtype)
     for layer, (_, _, stride) in enumerate(CONVOLUTIONS):
         weight, bias = params[f"conv{layer}.weight"][0], params[f"conv{layer}.bias"][0]
         hidden = torch.relu(functional.conv2d(hidden, weight, bias, stride))
     return hidden.flatten(1).unsqueeze(0)
 
 
-def mlp_tangent(
-    params: Params, tangents: Params, inputs: Tensor, activation: str, input_tangent: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A perceptron and its derivative along a direction of its parameters and inputs.
+def frames(obs: Tensor, image: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """Bytes [1, N, O] as images in [0, 1], [N, C, H, W]."""
+    return obs[0].view(-1, *image).to(dtype) / 255.0
 
-    Args:
-        params: as for `mlp`.
-        tangents: the direction, with the entries of `params`.
-        inputs: [M, N, in].
-        activation: "tanh" or "relu".
-        input_tangent: direction of the inputs, or None where they are constant.
 
-    Returns:
-        The last hidden layer and its derivative, the output and its derivative.
+@dataclass(frozen=True)
+class Layer:
+    """A linear map and what follows it, with derivatives by hand.
+
+    A convolution is of one member and maps [N, C, H, W]; any other layer maps [M, N, in], each
+    member by its own weights.
     """
-    hidden, tangent = inputs, input_tangent
-    last = num_layers(params) - 1
-    for layer in range(last + 1):
-        weight, bias = params[f"layer{layer}.weight"], params[f"layer{layer}.bias"]
-        below = hidden if layer == last else None
-        linear = torch.baddbmm(bias.unsqueeze(1), hidden, weight)
-        bias_tangent = tangents[f"layer{layer}.bias"].unsqueeze(1)
-        moved = torch.baddbmm(bias_tangent, hidden, tangents[f"layer{layer}.weight"])
-        if tangent is not None:
-            moved = torch.baddbmm(moved, tangent, weight)
-        if below is not None:
-            below_tangent = tangent if tangent is not None else torch.zeros_like(below)
-            return below, below_tangent, linear, moved
-        hidden = ACTIVATIONS[activation](linear)
-        slope = 1.0 - hidden.square() if activation == "tanh" else (linear > 0).to(linear.dtype)
-        tangent = slope * moved
-    raise AssertionError("a perceptron has a layer")
+
+    name: str  # of its entries, the network's prefix included
+    activation: str | None = None  # "tanh", "relu" or none
+    stride: int | None = None  # of a convolution
+
+    def outputs(self, params: Params, inputs: Tensor) -> Tensor:
+        """The layer at `inputs`."""
+        linear = self.linear(params[f"{self.name}.weight"], inputs, params[f"{self.name}.bias"])
+        if self.activation == "relu":
+            return linear.relu_()
+        return tanh_(linear) if self.activation == "tanh" else linear
+
+    def linear(self, weight: Tensor, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The linear map alone; without `bias` it has none."""
+        if self.stride is not None:
+            return functional.conv2d(
+                inputs, weight[0], None if bias is None else bias[0], self.stride
+            )
+        return affine(rows(inputs), weight, bias)
+
+    def before_activation(self, change: Tensor, outputs: Tensor) -> Tensor:
+        """A cotangent of `outputs` as one of the linear map, or a tangent the other way."""
+        if self.activation == "relu":
+            return change * (outputs > 0)
+        if self.activation == "tanh":
+            return tanh_pullback(change, outputs)
+        return change
+
+    def to_inputs(self, weight: Tensor, inputs: Tensor, cotangent: Tensor) -> Tensor:
+        """A cotangent of the linear map as one of its inputs."""
+        if self.stride is not None:
+            by_inputs: Tensor = conv2d_input(  # type: ignore[no-untyped-call]
+                inputs.shape, weight[0], cotangent, self.stride
+            )
+            return by_inputs
+        if weight.shape[-1] == 1:
+            return (cotangent * weight.mT).view(inputs.shape)
+        return torch.bmm(cotangent, weight.mT).view(inputs.shape)
+
+    def to_params(self, weight: Tensor, inputs: Tensor, cotangent: Tensor) -> Params:
+        """A cotangent of the linear map as the entries' gradient."""
+        if self.stride is not None:
+            slope = conv2d_weight(  # type: ignore[no-untyped-call]
+                inputs, weight[0].shape, cotangent, self.stride
+            ).unsqueeze(0)
+            bias = cotangent.sum((0, 2, 3)).unsqueeze(0)
+        elif weight.shape[-1] == 1:
+            slope, bias = torch.bmm(cotangent.mT, rows(inputs)).mT, cotangent.sum(1)
+        else:
+            slope, bias = torch.bmm(rows(inputs).mT, cotangent), cotangent.sum(1)
+        return {f"{self.name}.weight": slope, f"{self.name}.bias": bias}
 
 
-def convolve_tangent(
-    params: Params, tangents: Params, obs: Tensor, image: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """`convolve` and its derivative along a direction of its parameters."""
-    hidden = obs[0].view(-1, *image).to(params["conv0.weight"].dtype) / 255.0
-    tangent = None
-    for layer, (_, _, stride) in enumerate(CONVOLUTIONS):
-        weight, bias = params[f"conv{layer}.weight"][0], params[f"conv{layer}.bias"][0]
-        along, bias_along = tangents[f"conv{layer}.weight"][0], tangents[f"conv{layer}.bias"][0]
-        linear = functional.conv2d(hidden, weight, bias, stride)
-        moved = functional.conv2d(hidden, along, bias_along, stride)
-        if tangent is not None:
-            moved = moved + functional.conv2d(tangent, weight, None, stride)
-        hidden, tangent = torch.relu(linear), moved * (linear > 0)
-    assert tangent is not None
-    return hidden.flatten(1).unsqueeze(0), tangent.flatten(1).unsqueeze(0)
+@dataclass(frozen=True)
+class Pass:
+    """One pass through layers, kept for its derivatives.
+
+    For use where no gradient is recorded: activations are computed in place.
+    """
+
+    layers: tuple[Layer, ...]
+    params: Params
+    values: tuple[Tensor, ...]  # the inputs, and what each layer gives
+
+    @staticmethod
+    def through(layers: tuple[Layer, ...], params: Params, inputs: Tensor) -> Pass:
+        """Applies the layers one after the other."""
+        values = [inputs]
+        for layer in layers:
+            values.append(layer.outputs(params, values[-1]))
+        return Pass(layers, params, tuple(values))
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the first layer sees."""
+        return self.values[0]
+
+    @property
+    def outputs(self) -> Tensor:
+        """What the last layer gives."""
+        return self.values[-1]
+
+    def pullback(self, cotangent: Tensor, to_inputs: bool = False) -> tuple[Params, Tensor]:
+        """Gradient of ⟨cotangent, outputs⟩ by the layers' entries, and by the inputs if asked for.
+
+        Without `to_inputs` the second result is of no meaning.
+        """
+        grads: Params = {}
+        for number in reversed(range(len(self.layers))):
+            layer, below, above = self.layers[number], self.values[number], self.values[number + 1]
+            weight = self.params[f"{layer.name}.weight"]
+            cotangent = layer.before_activation(cotangent.view(above.shape), above)
+            grads |= layer.to_params(weight, below, cotangent)
+            if number > 0 or to_inputs:
+                cotangent = layer.to_inputs(weight, below, cotangent)
+        return grads, cotangent
+
+    def tangent(self, along: Params, inputs_along: Tensor | None = None) -> Tensor:
+        """Derivative of the outputs along a direction of the entries and inputs.
+
+        Args:
+            along: the direction, with the layers' entries.
+            inputs_along: of the inputs, or None where they are constant.
+        """
+        moved = inputs_along
+        for layer, (below, above) in zip(self.layers, pairwise(self.values), strict=True):
+            linear = layer.linear(along[f"{layer.name}.weight"], below, along[f"{layer.name}.bias"])
+            if moved is not None:
+                linear += layer.linear(self.params[f"{layer.name}.weight"], moved)
+            moved = layer.before_activation(linear, above)
+        assert moved is not None, "a pass goes through a layer"
+        return moved
+
+
+def perceptron(prefix: str, num_layers: int, activation: str) -> tuple[Layer, ...]:
+    """The layers of a perceptron; the last has no nonlinearity."""
+    hidden = [Layer(f"{prefix}layer{number}", activation) for number in range(num_layers - 1)]
+    return (*hidden, Layer(f"{prefix}layer{num_layers - 1}"))
+
+
+def pixel_trunk(prefix: str) -> tuple[Layer, ...]:
+    """The convolutions and the layer of 512 after them."""
+    strides = enumerate(stride for _, _, stride in CONVOLUTIONS)
+    convolutions = [Layer(f"{prefix}conv{number}", "relu", stride) for number, stride in strides]
+    return (*convolutions, Layer(f"{prefix}layer0", "relu"))
+
+
+def affine(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The inputs times W plus b, of each member, [M, N, in] → [M, N, out]."""
+    if weight.shape[-1] == 1:
+        # Several times faster than a product with a column.
+        product = (inputs * weight.mT).sum(-1, keepdim=True)
+        return product if bias is None else product + bias.unsqueeze(1)
+    if bias is None:
+        return torch.bmm(inputs, weight)
+    return torch.baddbmm(bias.unsqueeze(1), inputs, weight)
+
+
+def rows(inputs: Tensor) -> Tensor:
+    """What a perceptron sees of images, [N, C, H, W] → [1, N, C·H·W]; anything else as it is."""
+    return inputs.flatten(1).unsqueeze(0) if inputs.ndim == 4 else inputs

@@ -9,6 +9,7 @@ What is reported is never normalized.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +75,15 @@ class Normalizer:
 
 def normalize_obs(params: Params, obs: Tensor, clip: float = 10.0) -> Tensor:
     """Normalized observations [M, N, O] where `params` has statistics, else `obs` itself."""
+    return normalization(params, clip)(obs)
+
+
+def normalization(params: Params, clip: float = 10.0) -> Callable[[Tensor], Tensor]:
+    """`normalize_obs` with these `params`, prepared for many calls."""
     if OBS_MEAN not in params:
-        return obs
-    centred = obs - params[OBS_MEAN].unsqueeze(1)
-    return (centred / params[OBS_STD].unsqueeze(1)).clamp(-clip, clip)
+        return lambda obs: obs
+    mean, std = params[OBS_MEAN].unsqueeze(1), params[OBS_STD].unsqueeze(1)
+    return lambda obs: ((obs - mean) / std).clamp(-clip, clip)
 
 
 def merged(state: Params, name: str, value: Tensor, valid: Tensor) -> Params:

@@ -62,6 +62,15 @@ class RMSProp:
             kept[f"ms.{name}"] = square
         return new, kept
 
+    def slope(self, grads: Params, slots: Params, lr: float) -> Params:
+        """Derivative of each new parameter by its own gradient; `slots` as after the step."""
+        slopes = {}
+        for name, grad in grads.items():
+            inverse = (slots[f"ms.{name}"] + self.eps).rsqrt()
+            share = (1.0 - self.decay) * (grad * inverse).square()
+            slopes[name] = -lr * (1.0 - share) * inverse
+        return slopes
+
 
 @dataclass(frozen=True)
 class Adam:
@@ -86,19 +95,27 @@ class Adam:
     ) -> tuple[Params, Params]:
         """One step; gradient flows to `params` and `grads`, to v only if that is not stopped."""
         t = slots["t"] + 1
-        powers = t.double()
-        scale1, scale2 = 1.0 - self.beta1**powers, 1.0 - self.beta2**powers
         new, kept = {}, {"t": t}
         for name, p in params.items():
             grad = grads[name]
             square = (grad.detach() if self.stop_second_moment else grad).square()
             m = torch.lerp(grad, slots[f"m.{name}"], self.beta1)
             v = torch.lerp(square, slots[f"v.{name}"], self.beta2)
-            shape = (-1, *[1] * (p.ndim - 1))
-            root = v.sqrt() / scale2.sqrt().to(p.dtype).view(shape) + self.eps
-            new[name] = p - lr * (m / scale1.to(p.dtype).view(shape)) / root
+            new[name] = p - lr * m / self.divisor(v, t)
             kept[f"m.{name}"], kept[f"v.{name}"] = m, v
         return new, kept
+
+    def slope(self, grads: Params, slots: Params, lr: float) -> Params:
+        """As `RMSProp.slope`; v has to be stopped."""
+        assert self.stop_second_moment
+        step = -lr * (1.0 - self.beta1)
+        return {name: step / self.divisor(slots[f"v.{name}"], slots["t"]) for name in grads}
+
+    def divisor(self, v: Tensor, t: Tensor) -> Tensor:
+        """(1 − β₁ᵗ) (√v̂ + ε)."""
+        powers = t.double().view(-1, *[1] * (v.ndim - 1))
+        scale1, scale2 = 1.0 - self.beta1**powers, 1.0 - self.beta2**powers
+        return v.sqrt() * (scale1 / scale2.sqrt()).to(v.dtype) + (scale1 * self.eps).to(v.dtype)
 
 
 Optimizer = Sgd | RMSProp | Adam
@@ -116,3 +133,15 @@ def clip_by_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
     factor = max_norm / norm.clamp_min(max_norm)
     shaped = {name: g * factor.view(-1, *[1] * (g.ndim - 1)) for name, g in grads.items()}
     return shaped, norm.detach()
+
+
+def clip_pullback(cotangent: Params, grads: Params, norm: Tensor, max_norm: float) -> Params:
+    """A cotangent of what `clip_by_norm` gives for `grads`, as one of these."""
+    along = torch.stack([(cotangent[n] * g).flatten(1).sum(1) for n, g in grads.items()]).sum(0)
+    factor = max_norm / norm.clamp_min(max_norm)
+    inward = factor * (norm > max_norm) * along / norm.square()
+    pulled = {}
+    for name, g in grads.items():
+        shape = (-1, *[1] * (g.ndim - 1))
+        pulled[name] = cotangent[name] * factor.view(shape) - g * inward.view(shape)
+    return pulled

@@ -27,15 +27,16 @@ def unflatten(vector: Tensor, like: Params) -> Params:
 
 def flatten_members(params: Params) -> Tensor:
     """Concatenates all entries of each member in the order of their names, → [M, P]."""
-    return torch.cat([params[name].reshape(len(params[name]), -1) for name in sorted(params)], 1)
+    num_members = len(next(iter(params.values())))
+    return torch.cat([params[name].reshape(num_members, -1) for name in sorted(params)], 1)
 
 
 def unflatten_members(matrix: Tensor, like: Params) -> Params:
     """The inverse of `flatten_members`; `like` holds one member's entries, without axis M."""
-    names = sorted(like)
+    names, num_members = sorted(like), len(matrix)
     pieces = torch.split(matrix, [like[name].numel() for name in names], 1)
     return {
-        name: piece.reshape(len(matrix), *like[name].shape)
+        name: piece.view(num_members, *like[name].shape)
         for name, piece in zip(names, pieces, strict=True)
     }
 

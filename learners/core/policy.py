@@ -7,14 +7,23 @@ member; every tensor has a leading axis M.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from learners.core.networks import Init, convolve, features, head, init_cnn, init_mlp
-from learners.core.normalizer import Normalizer, normalize_obs
+from learners.core.networks import (
+    ACTIVATIONS,
+    Init,
+    convolve,
+    features,
+    head,
+    init_cnn,
+    init_mlp,
+    num_layers,
+)
+from learners.core.normalizer import Normalizer, normalization, normalize_obs
 from learners.core.trajectory import Params, Spec
 
 MIN_LOG_STD = math.log(1e-6)
@@ -185,6 +194,47 @@ class Policy:
         if self.spec.discrete:
             return Categorical(outputs.log_softmax(-1))
         return Gaussian(outputs, params["log_std"].clamp_min(MIN_LOG_STD).unsqueeze(1))
+
+    def acting(self, params: Params) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A function of raw `obs` [M, N, O] and `noise` that gives actions and outputs [M, N, A].
+
+        Actions are those of `distribution(params, obs).sample(noise)` to the bit, outputs what
+        `from_outputs` takes. What depends on `params` alone is prepared, since with few
+        observations it is most of the work. For calls without gradient.
+        """
+        outputs = self._prepared_network(params)
+        if self.spec.discrete:
+
+            def choose(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+                scores = outputs(obs)
+                return Categorical(scores.log_softmax(-1)).sample(noise), scores
+
+            return choose
+        std = params["log_std"].clamp_min(MIN_LOG_STD).unsqueeze(1).exp()
+
+        def act(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+            mean = outputs(obs)
+            return mean + std * noise, mean
+
+        return act
+
+    def _prepared_network(self, params: Params) -> Callable[[Tensor], Tensor]:
+        """The network's outputs [M, N, A] as a function of raw observations [M, N, O]."""
+        if self.spec.image is not None or self.spec.action_size == 1:
+            return lambda obs: head(params, self.features(params, normalize_obs(params, obs)))
+        normalize, activation = normalization(params), ACTIVATIONS[self.activation]
+        *hidden_layers, (last_bias, last_weight) = [
+            (params[f"layer{layer}.bias"].unsqueeze(1), params[f"layer{layer}.weight"])
+            for layer in range(num_layers(params))
+        ]
+
+        def outputs(obs: Tensor) -> Tensor:
+            hidden = normalize(obs)
+            for bias, weight in hidden_layers:
+                hidden = activation(torch.baddbmm(bias, hidden, weight))
+            return torch.baddbmm(last_bias, hidden, last_weight)
+
+        return outputs
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Noise for `sample`, [*shape, A]: normal, or Gumbel for discrete actions."""

@@ -126,6 +126,28 @@ def vtrace(
     return value + excess, rho * (reward + gamma * (next_value + later) - value)
 
 
+def lookahead_returns(
+    reward: Tensor, ended: Tensor, gamma: float, lookahead: int
+) -> tuple[Tensor, Tensor]:
+    """Σ_{i<n} γ^i r_{t+i} within an episode, and 1.0 where the chunk holds them all, [M, T, E].
+
+    Args:
+        reward: r_t.
+        ended: 1.0 where an episode ends.
+        gamma: γ.
+        lookahead: n.
+    """
+    total, whole = torch.zeros_like(reward), ended
+    none = torch.zeros_like(reward[:, :1])
+    for number in range(lookahead):
+        # A sum of one reward more: this one, and what the next step sees of the rest.
+        later = torch.cat([total[:, 1:], none], 1)
+        known = torch.cat([whole[:, 1:], none], 1) if number else torch.ones_like(ended)
+        total = reward + gamma * (1.0 - ended) * later
+        whole = torch.maximum(ended, known)
+    return total, whole
+
+
 def continues(terminated: Tensor, valid: Tensor) -> Tensor:
     """1 where a step is valid and its episode goes on, else 0, [M, T, E]."""
     return valid * (~terminated).to(valid.dtype)

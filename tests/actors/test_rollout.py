@@ -22,12 +22,25 @@ from tests.system.families import Countdown
 
 pytestmark = pytest.mark.usefixtures("torch_threads")
 
-CARRIED = ["navigation-2d", "half-cheetah-dir", "ant-dir", "tabular-mdp"]
+CARRIED = [
+    "navigation-2d",
+    "half-cheetah-dir",
+    "ant-dir",
+    "tabular-mdp",
+    "catch",
+    "random-walk-flip",
+    "random-walk-off-policy",
+]
 HORIZON = 10
+OPTIONS = {
+    "bandit": {},
+    "catch": {"rows": HORIZON + 1},
+    "random-walk-flip": {"horizon": HORIZON, "flip_every": 7},
+}
 
 
 def family_of(name):
-    return load_family(name, {"horizon": HORIZON})
+    return load_family(name, OPTIONS.get(name, {"horizon": HORIZON}))
 
 
 def policy_of(family, hidden=(8,)):
@@ -123,7 +136,7 @@ def test_slots_go_through_the_environments_first():
 
 @pytest.mark.parametrize("name", [*CARRIED, "bandit", "half-cheetah-vel", "ant-goal"])
 def test_a_chunk_has_the_fields_and_shapes_of_a_trajectory(name):
-    family = load_family(name, {} if name == "bandit" else {"horizon": HORIZON})
+    family = family_of(name)
     spec = family.spec
     request = request_of(family, num_steps=spec.horizon)
     chunk, _ = collect(family, request)
@@ -131,7 +144,7 @@ def test_a_chunk_has_the_fields_and_shapes_of_a_trajectory(name):
     leading = (2, spec.horizon, 3)
     trailing = {"obs": (spec.obs_size,), "action": () if spec.discrete else (spec.action_size,)}
     of_streams = {"final_obs": (2, 0, 3, spec.obs_size), "discounted_return": (2, 0, 3)}
-    of_streams["true_value"] = (2, 0, 3)
+    of_streams["true_value"] = leading if spec.target_policy else (2, 0, 3)
     for array_name, array in chunk.arrays.items():
         expected = (
             (2, 3, spec.obs_size)
@@ -166,7 +179,7 @@ def test_another_seed_gives_another_chunk(name):
     other_noise, _ = collect(family, replace(request, seeds=(11, 13)))
     assert not np.array_equal(first.arrays["action"], other_noise.arrays["action"])
     other_env, _ = collect(family, replace(request, seeds=(13, 12)))
-    if name == "navigation-2d":  # deterministic but for the action noise
+    if name == "navigation-2d" or "walk" in name:  # deterministic but for the action noise
         assert_same_arrays(first.arrays, other_env.arrays)
     else:
         assert not np.array_equal(first.arrays["reward"], other_env.arrays["reward"])

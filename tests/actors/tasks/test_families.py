@@ -25,7 +25,11 @@ OPTIONS = {
     "delayed-hopper": {"horizon": 12},
     "bandit": {"arms": 3, "pulls": 12},
     "tabular-mdp": {"horizon": 12},
+    "catch": {"rows": 13},
+    "random-walk-flip": {"horizon": 12, "flip_every": 7},
+    "random-walk-off-policy": {"horizon": 12},
 }
+WITHOUT_RANDOMNESS = ("navigation-2d", "random-walk-flip", "random-walk-off-policy")
 NUM_ENVS = 4
 
 
@@ -121,7 +125,7 @@ def test_seed_decides_everything(name):
         env, obs, _ = started(family, seed)
         runs.append([np.array(obs), *roll(env, actions)])
     assert_same(runs[0], runs[1])
-    if name != "navigation-2d":  # the only family without randomness of its own
+    if name not in WITHOUT_RANDOMNESS:
         draws = [np.concatenate([run[1].ravel(), run[2].ravel()]) for run in runs]
         # A single pull of four bandits may agree by chance: there the stream is compared.
         if name == "bandit":
@@ -216,7 +220,7 @@ def test_a_partial_reset_starts_the_masked_environments_alone(name):
     for key, array in before.items():
         if key not in ("rng", "num_bad_states"):
             np.testing.assert_array_equal(after[key][~mask], array[~mask])
-    if name not in ("bandit", "navigation-2d", "tabular-mdp"):
+    if name not in ("bandit", "tabular-mdp", *WITHOUT_RANDOMNESS):
         assert (start[mask] != obs[mask]).any(1).all()
         assert (start[1] != start[3]).any()
     other = family.make(NUM_ENVS)
@@ -377,6 +381,20 @@ def test_continuous_tasks_are_uniform(name, entry, low, high):
         ("bandit", {"arms": 1}),
         ("tabular-mdp", {"states": 1}),
         ("tabular-mdp", {"actions": "5"}),
+        ("catch", {"rows": 1}),
+        ("catch", {"rows": 6.0}),
+        ("catch", {"columns": 10}),
+        ("catch", {"columns": 1}),
+        ("random-walk-flip", {"states": 4}),
+        ("random-walk-flip", {"states": 1}),
+        ("random-walk-flip", {"horizon": 0}),
+        ("random-walk-flip", {"flip_every": 0}),
+        ("random-walk-flip", {"flip_every": 96.5}),
+        ("random-walk-off-policy", {"states": 6}),
+        ("random-walk-off-policy", {"right": 0.0}),
+        ("random-walk-off-policy", {"right": 1.0}),
+        ("random-walk-off-policy", {"right": float("nan")}),
+        ("random-walk-off-policy", {"right": "most"}),
         ("gym:CartPole-v1", {"horizon": -1}),
     ],
 )

@@ -74,6 +74,9 @@ def test_every_name_loads():
         "delayed-humanoid",
         "bandit",
         "tabular-mdp",
+        "catch",
+        "random-walk-flip",
+        "random-walk-off-policy",
     ]
     for name in task_names():
         assert load_family(name).spec.horizon >= 1

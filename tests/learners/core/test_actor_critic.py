@@ -17,6 +17,7 @@ from learners.core.actor_critic import (
     rollout,
     stack,
     standardise_rows,
+    standardise_with_pullback,
     surrogate_slope,
     take,
     value_loss_slope,
@@ -178,18 +179,38 @@ def chain_probabilities(learner, num_updates: int, num_envs: int = 8):
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("name", SPECS)
-def test_tangents_equal_jvp(name, activation):
+def test_derivatives_by_hand_equal_autograd(name, activation):
     networks, params, obs, action = networks_and_data(name, activation)
     along = {n: normal(*p.shape, seed=7) for n, p in params.items()}
+    by_log_prob, by_value = (normal(*obs.shape[:2], seed=seed) for seed in (8, 9))
 
     def outputs(theta):
         dist, value = networks(theta, obs)
-        return dist.log_prob(action), value
+        return dist.log_prob(action), value, dist.entropy().expand_as(value)
 
-    _, expected = torch.func.jvp(outputs, (params,), (along,))
-    for own, other in zip(networks.tangents(params, along, obs, action), expected, strict=True):
+    acting = networks.acting(params, obs, action)
+    valuing = networks.valuing(params, acting)
+    log_prob_along, trunk_along = acting.tangent(along)
+    value_along = valuing.tangent(along, trunk_along)
+    expected, expected_along = torch.func.jvp(outputs, (params,), (along,))
+    found = (acting.log_prob, log_prob_along, valuing.outputs[..., 0], value_along[..., 0])
+    others = (expected[0], expected_along[0], expected[1], expected_along[1])
+    for own, other in zip(found, others, strict=True):
         assert own.shape == obs.shape[:2]
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-10)
+
+    pullback = torch.func.vjp(outputs, params)[1]
+    for by_entropy in (0.0, 0.7):
+        grads, by_trunk = valuing.pullback(by_value.unsqueeze(-1), acting.trunk is not None)
+        grads |= acting.gradient(by_log_prob, by_entropy, by_trunk)
+        (slopes,) = pullback((by_log_prob, by_value, torch.full_like(by_value, by_entropy)))
+        assert grads.keys() == slopes.keys()
+        for entry, slope in slopes.items():
+            torch.testing.assert_close(grads[entry], slope, rtol=1e-9, atol=1e-10)
+    policy_alone = pullback((by_log_prob, 0.0 * by_value, 0.0 * by_value))[0]
+    for entry, grad in acting.gradient(by_log_prob).items():
+        assert entry.startswith(POLICY)
+        torch.testing.assert_close(grad, policy_alone[entry], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -287,6 +308,11 @@ def test_standardise_rows_gives_each_member_mean_0_and_deviation_1():
         computed.std(1, correction=0), torch.ones(3).double(), rtol=1e-6, atol=0
     )
     assert torch.autograd.gradcheck(standardise_rows, value[:, :5].clone().requires_grad_())
+    standard, pullback = standardise_with_pullback(value)
+    assert torch.equal(standard, computed)
+    cotangent = normal(3, 20, seed=1)
+    (expected,) = torch.func.vjp(standardise_rows, value)[1](cotangent)
+    torch.testing.assert_close(pullback(cotangent), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_step_size_falls_linearly_to_zero():

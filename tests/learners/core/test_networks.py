@@ -8,16 +8,19 @@ from torch.nn import functional
 
 from learners.core.networks import (
     FAST_TANH_SIZE,
+    Pass,
     Tanh,
     convolve,
-    convolve_tangent,
     features,
+    frames,
     head,
     init_cnn,
     init_mlp,
     mlp,
-    mlp_tangent,
+    perceptron,
+    pixel_trunk,
     tanh,
+    tanh_,
 )
 
 
@@ -145,9 +148,11 @@ def test_members_with_many_entries_use_the_fast_tanh():
     assert torch.equal(tanh(many.double()), torch.tanh(many.double()))
     assert not torch.equal(tanh(many), torch.tanh(many))
     assert torch.equal(tanh(many[:1]), tanh(many)[:1])
+    assert torch.equal(tanh_(few.clone()), Tanh.apply(few))
+    assert torch.equal(tanh_(few.double()), torch.tanh(few.double()))
 
 
-# --- Derivatives along a direction ---
+# --- Derivatives by hand ---
 
 
 def direction(params, seed: int = 5):
@@ -158,22 +163,70 @@ def direction(params, seed: int = 5):
 @pytest.mark.parametrize("moving_inputs", [False, True])
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("sizes", [[3, 2], [3, 5, 1], [3, 6, 4, 2]])
-def test_mlp_tangent_equals_jvp(sizes, activation, moving_inputs):
+def test_pass_through_a_perceptron_equals_autograd(sizes, activation, moving_inputs):
     params = stacked(2, sizes, torch.float64)
-    along, inputs = direction(params), random_inputs(2, 9, 3, dtype=torch.float64)
+    inputs = random_inputs(2, 9, 3, dtype=torch.float64)
+    passed = Pass.through(perceptron("", len(sizes) - 1, activation), params, inputs)
+    along, cotangent = direction(params), random_inputs(*passed.outputs.shape).double()
+
+    def outputs(p, x):
+        return mlp(p, x, activation)
+
     input_along = random_inputs(2, 9, 3, dtype=torch.float64).flip(1) if moving_inputs else None
-
-    def both(p, x):
-        hidden = features(p, x, activation)
-        return hidden, head(p, hidden)
-
     given = torch.zeros_like(inputs) if input_along is None else input_along
-    values, tangents = torch.func.jvp(both, (params, inputs), (along, given))
-    computed = mlp_tangent(params, along, inputs, activation, input_along)
-    expected = (values[0], tangents[0], values[1], tangents[1])
-    for own, other in zip(computed, expected, strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
-    assert (computed[3] != 0.0).all()
+    value, tangent = torch.func.jvp(outputs, (params, inputs), (along, given))
+    assert torch.equal(passed.inputs, inputs)
+    torch.testing.assert_close(passed.outputs, value, rtol=1e-12, atol=1e-14)
+    moved = passed.tangent(along, input_along)
+    torch.testing.assert_close(moved, tangent, rtol=1e-10, atol=1e-12)
+    assert (moved != 0.0).all()
+
+    grads, by_inputs = passed.pullback(cotangent, to_inputs=True)
+    expected, expected_by_inputs = torch.func.vjp(outputs, params, inputs)[1](cotangent)
+    assert grads.keys() == expected.keys()
+    for name, grad in (grads | {"": by_inputs}).items():
+        other = expected[name] if name else expected_by_inputs
+        torch.testing.assert_close(grad, other, rtol=1e-10, atol=1e-12)
+    for name, grad in passed.pullback(cotangent)[0].items():
+        assert torch.equal(grad, grads[name])
+
+
+@pytest.mark.parametrize("num_rows", [64, 2048])
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("num_outputs", [1, 3])
+def test_a_member_s_pass_does_not_depend_on_the_others_bitwise(num_rows, num_threads, num_outputs):
+    """Value and both derivatives, float32, sizes of a real policy."""
+    params = stacked(5, [14, 64, 64, num_outputs])
+    along, layers = direction(params), perceptron("", 3, "tanh")
+    inputs, cotangent = random_inputs(5, num_rows, 14), random_inputs(5, num_rows, num_outputs)
+
+    def results(members: slice):
+        own, own_along = ({n: p[members] for n, p in g.items()} for g in (params, along))
+        passed = Pass.through(layers, own, inputs[members])
+        grads, _ = passed.pullback(cotangent[members])
+        return [passed.outputs, passed.tangent(own_along), *grads.values()]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        together = results(slice(None))
+        for members in (slice(0, 1), slice(3, 4), slice(1, 3), slice(1, 5)):
+            for alone, whole in zip(results(members), together, strict=True):
+                assert torch.equal(alone, whole[members])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_pass_leaves_its_inputs_alone():
+    params, inputs = stacked(2, [3, 6, 2]), random_inputs(2, 9, 3)
+    cotangent, before = random_inputs(2, 9, 2), [inputs.clone(), random_inputs(2, 9, 2)]
+    passed = Pass.through(perceptron("", 2, "tanh"), params, inputs)
+    values = [value.clone() for value in passed.values]
+    passed.pullback(cotangent, to_inputs=True)
+    passed.tangent(direction(params), inputs)
+    assert torch.equal(inputs, before[0])
+    assert torch.equal(cotangent, before[1])
+    assert all(map(torch.equal, passed.values, values))
 
 
 def cnn(image=(2, 36, 36), num_outputs: int = 3, dtype=torch.float32):
@@ -187,16 +240,27 @@ def pixels(num_frames: int, image) -> torch.Tensor:
     return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
 
 
-def test_convolve_tangent_equals_jvp():
+def test_pass_through_the_layers_of_pixels_equals_autograd():
     image = (2, 36, 36)
     params, obs = cnn(image, dtype=torch.float64), pixels(3, image)
-    along = direction(params)
-    value, tangent = torch.func.jvp(lambda p: convolve(p, obs, image), (params,), (along,))
-    for own, expected in zip(
-        convolve_tangent(params, along, obs, image), (value, tangent), strict=True
-    ):
-        torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
+    trunk = pixel_trunk("")
+
+    def outputs(p):
+        return features(p, convolve(p, obs, image), "relu")
+
+    own = {n: p for n, p in params.items() if not n.startswith("layer1")}
+    passed = Pass.through(trunk, own, frames(obs, image, torch.float64))
+    along, cotangent = direction(own), random_inputs(*passed.outputs.shape).double()
+    value, tangent = torch.func.jvp(lambda p: outputs(params | p), (own,), (along,))
+    torch.testing.assert_close(passed.outputs, value, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(passed.tangent(along), tangent, rtol=1e-10, atol=1e-12)
     assert 0.1 < (tangent == 0.0).double().mean() < 0.9
+    (expected,) = torch.func.vjp(lambda p: outputs(params | p), own)[1](cotangent)
+    grads, _ = passed.pullback(cotangent)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-12)
+        assert (grad != 0.0).any()
 
 
 # --- Pixels, and orthogonal weights ---

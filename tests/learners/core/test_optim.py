@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from learners.core.optim import Adam, RMSProp, Sgd, clip_by_norm
+from learners.core.optim import Adam, RMSProp, Sgd, clip_by_norm, clip_pullback
 
 LR = 0.01
 
@@ -130,6 +130,29 @@ def test_derivative_of_adam_with_its_second_moment_held_equals_finite_difference
             torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-14)
     for own, expected in zip(found["own"], found["held"], strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("optimizer", [RMSProp(eps=1e-2), Adam(eps=1e-2)])
+@pytest.mark.parametrize("max_norm", [0.5, 100.0])
+def test_derivatives_by_hand_equal_autograd(optimizer, max_norm):
+    """Of the step by the gradient, and through the clipping where it acts and where not."""
+    params, cotangent = random_entries(0), random_entries(2)
+    slots = used_slots(optimizer, params)
+    grads = {n: g.requires_grad_() for n, g in random_entries(1).items()}
+    clipped, norm = clip_by_norm(grads, max_norm)
+    new, kept = optimizer.update(params, clipped, slots, LR)
+    total = sum((new[name] * cotangent[name]).sum() for name in new)
+    by_clipped = torch.autograd.grad(total, list(clipped.values()), retain_graph=True)
+    by_grads = torch.autograd.grad(total, list(grads.values()))
+
+    clipped, kept, grads = ({n: p.detach() for n, p in g.items()} for g in (clipped, kept, grads))
+    slopes = optimizer.slope(clipped, kept, LR)
+    through = {name: slopes[name] * p for name, p in cotangent.items()}
+    for own, expected in zip(through.values(), by_clipped, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-14)
+    pulled = clip_pullback(through, grads, norm, max_norm)
+    for name, expected in zip(grads, by_grads, strict=True):
+        torch.testing.assert_close(pulled[name], expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("optimizer", [RMSProp(), Adam()])

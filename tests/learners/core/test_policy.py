@@ -211,3 +211,27 @@ def test_distribution_normalizes_raw_observations():
     computed = policy.distribution(params | {OBS_MEAN: mean, OBS_STD: std}, obs).mean
     assert torch.equal(computed, expected)
     assert not torch.allclose(computed, policy.distribution(params, obs).mean)
+
+
+@pytest.mark.parametrize("normalizer", [None, Normalizer(obs=True, reward=True, gamma=0.9)])
+@pytest.mark.parametrize(("discrete", "size"), [(False, 3), (False, 1), (True, 4)])
+@pytest.mark.parametrize("num_members", [1, 3])
+def test_acting_is_sampling_from_the_distribution_to_the_bit(
+    num_members, discrete, size, normalizer
+):
+    spec = Spec(obs_size=5, action_size=size, discrete=discrete, horizon=10)
+    policy = Policy(spec, (8, 7), "tanh", 0.5, normalizer=normalizer)
+    generator = torch.Generator().manual_seed(0)
+    params = {
+        name: p + 0.3 * torch.rand(p.shape, generator=generator)
+        for name, p in expand_members(policy.template(), num_members).items()
+    }
+    act = policy.acting(params)
+    for _ in range(3):
+        obs = 20.0 * torch.randn(num_members, 2, 5, generator=generator)
+        noise = policy.noise((num_members, 2), generator)
+        action, outputs = act(obs, noise)
+        dist = policy.distribution(params, obs)
+        assert torch.equal(action, dist.sample(noise))
+        given = policy.from_outputs(params, outputs).tensors
+        assert all(torch.equal(a, b) for a, b in zip(given, dist.tensors, strict=True))

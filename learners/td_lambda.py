@@ -1,0 +1,103 @@
+"""TD(λ) with accumulating traces, linear in the observation (Sutton and Barto 2018, section 12.2).
+
+    for each step t of every environment, ρ = π(a|s) / μ(a|s):
+        δ ← r + γ V(s') − V(s)                         V(s) = w · [s, 1]
+        e ← ρ (γλ e + [s, 1])                          zero where an episode begins
+        w ← w + α mean_E[ δ e ]
+
+It evaluates the specification's target policy and learns nothing to act: every action is as likely
+as the others. What follows a chunk's last step is known when the next chunk comes; the traces are
+carried, so that chunks leave no mark on what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learners.config import TdLambdaConfig
+from learners.core.actor_critic import VALUE, rollout, stack
+from learners.core.contract import Agents, State, check_params
+from learners.core.errors import ConfigError
+from learners.core.replicas import Replicas
+from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
+
+WEIGHT, BIAS = VALUE + "layer0.weight", VALUE + "layer0.bias"
+
+
+@dataclass(frozen=True)
+class TdLambda(Replicas):
+    """The learner; see the head of the module. The group "traces" has e [M, E, O + 1]."""
+
+    config: TdLambdaConfig
+
+    def init(self, seeds: Sequence[int]) -> State:
+        """V and the policy are 0.
+
+        Raises:
+            ConfigError: the task has no policy to evaluate.
+        """
+        if self.spec.target_policy is None:
+            raise ConfigError("td-lambda evaluates a policy, and this task asks to find one")
+        params = stack([self.networks.init(torch.Generator()) for _ in seeds])
+        return {
+            "params": {name: torch.zeros_like(p) for name, p in params.items()},
+            "traces": {},
+            "counters": self.counters(seeds),
+        }
+
+    def meta_update(
+        self,
+        state: State,
+        agents: Agents,
+        batches: Sequence[Trajectory],
+        reduce: Reduce = sum_in_order,
+    ) -> tuple[State, Metrics]:
+        """All steps of a chunk, one after the other."""
+        (batch,) = batches
+        weight, trace, errors = self.steps(state, batch)
+        check_params({"weight": weight}, "params")
+        entries = {WEIGHT: weight[:, :-1].unsqueeze(-1), BIAS: weight[:, -1:]}
+        groups = {"params": state["params"] | entries, "traces": {"e": trace}}
+        metrics = {"meta/td_error": float(errors.square().mean())}
+        if batch.true_value.shape[1]:
+            features = with_one(rollout(batch, {}).obs)
+            start = whole_weight(state["params"])
+            value = (features * start.unsqueeze(1)).sum(-1).view_as(batch.reward)
+            error = (value - batch.true_value).square()
+            metrics["rollout/value_error"] = float(error.mean())
+        return self.updated(state, batch, groups), metrics
+
+    def steps(self, state: State, batch: Trajectory) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights [M, O + 1], traces [M, E, O + 1] and errors δ [M, T, E] of one chunk."""
+        c = self.config
+        assert self.spec.target_policy is not None
+        target = batch.reward.new_tensor(self.spec.target_policy).log()[batch.action]
+        ratio = (target - batch.log_prob).exp().unsqueeze(-1).unbind(1)
+        seen = with_one(torch.cat([batch.obs, batch.last_obs.unsqueeze(1)], 1)).unbind(1)
+        weight = whole_weight(state["params"])
+        trace = state["traces"].get("e", torch.zeros_like(seen[0]))
+        cut = (batch.terminated | batch.truncated).to(weight.dtype).unsqueeze(-1).unbind(1)
+        done = batch.terminated.to(weight.dtype).unbind(1)
+        errors = []
+        for t, reward in enumerate(batch.reward.unbind(1)):
+            value, following = ((x * weight.unsqueeze(1)).sum(-1) for x in seen[t : t + 2])
+            error = reward + c.gamma * (1.0 - done[t]) * following - value
+            trace = ratio[t] * (c.gamma * c.trace_decay * trace + seen[t])
+            weight = weight + c.lr * (error.unsqueeze(-1) * trace).mean(1)
+            trace = trace * (1.0 - cut[t])
+            errors.append(error)
+        return weight, trace, torch.stack(errors, 1)
+
+
+def with_one(obs: Tensor) -> Tensor:
+    """[…, O] → […, O + 1], the last entry 1."""
+    return torch.cat([obs, torch.ones_like(obs[..., :1])], -1)
+
+
+def whole_weight(params: Params) -> Tensor:
+    """The value's weights and bias, [M, O + 1]."""
+    return torch.cat([params[WEIGHT].squeeze(-1), params[BIAS]], 1)
