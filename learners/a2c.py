@@ -2,7 +2,7 @@
 
     D   = T steps of E environments under μ, the policy that acted
     v_t = V-trace target of D for the newest θ;   Â_t = ρ_t (r_t + γ v_{t+1} − V_θ(s_t))
-    θ   ← θ − α RMSProp clip ∇θ mean[ −Â_t log π_θ(a_t|s_t) + c_v ½ (V_θ(s_t) − v_t)² − c_e H(π_θ) ]
+    θ   ← θ − α step(clip(∇θ mean[ −Â_t log π_θ(a_t|s_t) + c_v ½ (V_θ(s_t) − v_t)² − c_e H(π_θ) ]))
 
 On the policy's own data ρ = 1 and v_t is the bootstrapped T-step return: plain A2C. Two settings
 make it short-sighted, for comparison: without `bootstrap` nothing is expected after the chunk;
@@ -22,13 +22,11 @@ from torch import Tensor
 from learners.config import A2cConfig
 from learners.core.actor_critic import decayed, rollout, stack, values
 from learners.core.contract import Agents, State, check_params
-from learners.core.optim import RMSProp, clip_by_norm
+from learners.core.optim import OPTIMIZERS, clip_by_norm
 from learners.core.params import detach, gradients, leaves
 from learners.core.replicas import Replicas
 from learners.core.returns import lookahead_returns, vtrace
 from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
-
-OPTIMIZER = RMSProp(decay=0.99, eps=1e-5, initial=0.0)
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class A2c(Replicas):
         params = stack([self.networks.init(torch.Generator().manual_seed(s)) for s in seeds])
         state = {
             "params": params,
-            "optimizer": OPTIMIZER.init(params),
+            "optimizer": OPTIMIZERS[self.config.optimizer].init(params),
             "counters": self.counters(seeds),
         }
         return state | self.first_statistics(len(seeds))
@@ -61,7 +59,8 @@ class A2c(Replicas):
         grads, norm = clip_by_norm(gradients(loss.sum(), params), c.max_grad_norm)
         num_updates = state["counters"]["num_updates"]
         lr = decayed(c.lr, int(num_updates[0]), c.lr_decay_updates)
-        new, slots = OPTIMIZER.update(detach(params), grads, state["optimizer"], lr)
+        optimizer = OPTIMIZERS[c.optimizer]
+        new, slots = optimizer.update(detach(params), grads, state["optimizer"], lr)
         check_params(new, "params")
         after = self.updated(state, batch, {"params": new, "optimizer": slots})
         return after, metrics | {"meta/grad_norm": float(norm.mean())}

@@ -12,9 +12,9 @@ from learners.core.errors import ConfigError
 InnerLoss = Literal["log_prob", "likelihood_ratio", "dice"]
 Activation = Literal["tanh", "relu"]
 LirpgForm = Literal["ppo", "a2c"]
-InnerOptimizer = Literal["sgd", "rmsprop", "adam"]
+OptimizerName = Literal["sgd", "rmsprop", "adam"]
 INNER_LOSSES, ACTIVATIONS = get_args(InnerLoss), get_args(Activation)
-LIRPG_FORMS, INNER_OPTIMIZERS = get_args(LirpgForm), get_args(InnerOptimizer)
+LIRPG_FORMS, OPTIMIZER_NAMES = get_args(LirpgForm), get_args(OptimizerName)
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ class ActorCriticSettings:
     """Nonlinearity of the hidden layers."""
     init_std: float = 1.0
     """Standard deviation of the untrained Gaussian policy, in units of the action."""
+    value_gain: float = 1.0
+    """Size of the untrained value: scale of its last layer. An agent that bootstraps follows the
+    differences of the first values, whatever they are; near 0 there are none."""
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
@@ -111,7 +114,7 @@ class ActorCriticSettings:
         for name in ("lr", "max_grad_norm", "init_std"):
             check_positive(name, getattr(self, name))
         check_number("gamma", self.gamma, 0.0, 1.0)
-        for name in ("value_coef", "entropy_coef"):
+        for name in ("value_coef", "entropy_coef", "value_gain"):
             check_number(name, getattr(self, name), 0.0, sys.float_info.max)
         if self.lr_decay_updates != 0:
             check_whole("lr_decay_updates", self.lr_decay_updates)
@@ -126,6 +129,8 @@ class A2cConfig(ActorCriticSettings):
     entropy_coef: float = 0.01
     max_rho: float = 1.0
     """Upper bound of V-trace's importance weight of a step."""
+    optimizer: OptimizerName = "rmsprop"
+    """What makes steps of gradients."""
     bootstrap: bool = True
     """Whether the value stands for the rewards after the chunk; without it they count as 0."""
     lookahead: int = 0
@@ -135,6 +140,7 @@ class A2cConfig(ActorCriticSettings):
         """Refuses values that no run could use."""
         super().__post_init__()
         check_positive("max_rho", self.max_rho)
+        check_optimizer("optimizer", self.optimizer)
         if self.lookahead != 0:
             check_whole("lookahead", self.lookahead)
         if self.lookahead > self.num_steps:
@@ -236,7 +242,7 @@ class FrodoConfig(ActorCriticSettings):
 
     num_inner_updates: int = 5
     """K, inner updates of a window."""
-    inner_optimizer: InnerOptimizer = "rmsprop"
+    inner_optimizer: OptimizerName = "rmsprop"
     """What makes inner steps of the update direction; its slots live as long as the agent."""
     meta_lr: float = 1e-3
     """Step size of the target network."""
@@ -269,10 +275,7 @@ class FrodoConfig(ActorCriticSettings):
             check_positive(name, getattr(self, name))
         for name in ("consistency_coef", "outer_value_coef", "outer_entropy_coef"):
             check_number(name, getattr(self, name), 0.0, sys.float_info.max)
-        if self.inner_optimizer not in INNER_OPTIMIZERS:
-            raise ConfigError(
-                f"inner_optimizer must be one of {INNER_OPTIMIZERS}, not {self.inner_optimizer!r}"
-            )
+        check_optimizer("inner_optimizer", self.inner_optimizer)
 
 
 LearnerConfig = MamlTrpoConfig | A2cConfig | PpoConfig | TdLambdaConfig | LirpgConfig | FrodoConfig
@@ -291,6 +294,12 @@ METHODS: dict[str, type[LearnerConfig]] = {
 def method_of(config: LearnerConfig) -> str:
     """The name of a configuration's method."""
     return next(name for name, kind in METHODS.items() if type(config) is kind)
+
+
+def check_optimizer(name: str, value: str) -> None:
+    """Raises ConfigError unless `value` names an optimizer."""
+    if value not in OPTIMIZER_NAMES:
+        raise ConfigError(f"{name} must be one of {OPTIMIZER_NAMES}, not {value!r}")
 
 
 def check_minibatches(num_epochs: int, num_minibatches: int) -> None:

@@ -47,7 +47,7 @@ from learners.config import FrodoConfig
 from learners.core.actor_critic import VALUE, decayed, next_values, part, prefixed, rollout, stack
 from learners.core.contract import Agents, State, check_params
 from learners.core.normalizer import normalize_obs
-from learners.core.optim import Adam, Optimizer, RMSProp, Sgd, clip_by_norm
+from learners.core.optim import OPTIMIZERS, Adam, Optimizer, clip_by_norm
 from learners.core.params import detach, gradients, leaves
 from learners.core.replicas import Replicas
 from learners.core.returns import vtrace
@@ -56,11 +56,6 @@ from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in
 
 META_OPTIMIZER = Adam(eps=1e-5)
 CRITIC_OPTIMIZER = Adam(eps=1e-5)
-INNER_OPTIMIZERS: dict[str, Optimizer] = {
-    "sgd": Sgd(),
-    "rmsprop": RMSProp(decay=0.99, eps=1e-5, initial=0.0),
-    "adam": Adam(eps=1e-5),
-}
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class Frodo(Replicas):
     @property
     def optimizer(self) -> Optimizer:
         """Of the inner steps."""
-        return INNER_OPTIMIZERS[self.config.inner_optimizer]
+        return OPTIMIZERS[self.config.inner_optimizer]
 
     # --- The contract ---
 

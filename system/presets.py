@@ -300,14 +300,21 @@ def lirpg_breakout() -> RunConfig:
 
 # --- Discovered targets, and what they are compared with ---
 
-CATCH_ENVS = 32
-CATCH_STEPS = 3_000_000
+CATCH_ENVS = 64
+CATCH_STEPS = 6_000_000
 """Environment steps of each replica."""
 
 CATCH = FrodoConfig(
-    num_steps=3, hidden=(64,), lr=3e-3, entropy_coef=0.01, gamma=0.99, critic_lr=1e-3
+    num_steps=3,
+    hidden=(64,),
+    lr=1e-3,
+    inner_optimizer="adam",
+    entropy_coef=0.04,
+    value_gain=0.01,
 )
-CATCH_A2C = A2cConfig(num_steps=3, hidden=(64,), lr=3e-3, entropy_coef=0.01)
+CATCH_A2C = A2cConfig(
+    num_steps=3, hidden=(64,), lr=1e-3, optimizer="adam", entropy_coef=0.04, value_gain=0.01
+)
 
 
 def catch_presets() -> dict[str, Callable[[], RunConfig]]:

@@ -51,6 +51,7 @@ class ActorCritic:
     """A policy and the value of its observations."""
 
     policy: Policy
+    value_gain: float = 1.0
 
     @staticmethod
     def of(config: ActorCriticSettings, spec: Spec) -> ActorCritic:
@@ -72,7 +73,8 @@ class ActorCritic:
                 init_weights="orthogonal",
                 head_gain=0.01,
                 normalizer=normalizer if used else None,
-            )
+            ),
+            config.value_gain,
         )
 
     @property
@@ -87,7 +89,8 @@ class ActorCritic:
         sizes = [networks.CNN_WIDTH, 1]
         if policy.spec.image is None:
             sizes = [policy.spec.obs_size, *policy.hidden, 1]
-        return params | prefixed(networks.init_mlp(sizes, generator, "orthogonal"), VALUE)
+        value = networks.init_mlp(sizes, generator, "orthogonal", self.value_gain)
+        return params | prefixed(value, VALUE)
 
     def __call__(self, params: Params, obs: Tensor) -> tuple[Distribution, Tensor]:
         """Distribution and value [M, N] at normalized `obs` [M, N, O]; gradient to `params`."""

@@ -120,6 +120,13 @@ class Adam:
 
 Optimizer = Sgd | RMSProp | Adam
 
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": Sgd(),
+    "rmsprop": RMSProp(decay=0.99, eps=1e-5, initial=0.0),
+    "adam": Adam(eps=1e-5),
+}
+"""By the names of `learners.config.OPTIMIZER_NAMES`."""
+
 
 def clip_by_norm(grads: Params, max_norm: float) -> tuple[Params, Tensor]:
     """Scales each member's gradients down to a Euclidean norm over all entries, in the graph.

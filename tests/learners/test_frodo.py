@@ -6,8 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from learners import frodo
-from learners.config import INNER_OPTIMIZERS, FrodoConfig
+from learners.config import FrodoConfig
 from learners.core.errors import ConfigError, NonFiniteError
 from learners.core.optim import Adam, RMSProp, Sgd
 from learners.core.params import detach, gradients, leaves
@@ -367,7 +366,3 @@ def test_a_reward_of_nan_is_refused():
 def test_unusable_setting_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name} "):
         FrodoConfig(**{name: value})
-
-
-def test_module_names_every_optimizer_that_the_configuration_allows():
-    assert set(frodo.INNER_OPTIMIZERS) == set(INNER_OPTIMIZERS)

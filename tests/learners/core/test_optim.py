@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from learners.core.optim import Adam, RMSProp, Sgd, clip_by_norm, clip_pullback
+from learners.config import OPTIMIZER_NAMES
+from learners.core.optim import OPTIMIZERS, Adam, RMSProp, Sgd, clip_by_norm, clip_pullback
 
 LR = 0.01
 
@@ -238,6 +239,10 @@ def test_the_second_moment_that_is_stopped_has_no_graph_and_the_first_has():
     _, kept = Adam().update(params, tracked, used_slots(Adam(), params), LR)
     assert kept["m.bias"].requires_grad
     assert not kept["v.bias"].requires_grad
+
+
+def test_every_optimizer_of_a_configuration_has_its_name():
+    assert tuple(OPTIMIZERS) == OPTIMIZER_NAMES
 
 
 def test_sgd_equals_torch():
