@@ -21,7 +21,7 @@ from learners.core.blocks import block_bounds
 from learners.core.normalizer import REWARD_STD
 from learners.core.params import unflatten_members
 from learners.core.policy import Policy
-from learners.core.trajectory import Params
+from learners.core.trajectory import Params, Spec
 
 Arrays = dict[str, np.ndarray]
 
@@ -99,6 +99,7 @@ class Request:
         num_steps: T; the horizon for whole episodes.
         stream: whether new episodes follow where one ends; otherwise the chunk is whole episodes.
         keep_data: whether the chunk is wanted, and not its receipt alone.
+        stagger: whether a new stream begins in the middle of episodes.
     """
 
     slot: Slot
@@ -108,6 +109,7 @@ class Request:
     num_steps: int
     stream: bool = False
     keep_data: bool = True
+    stagger: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ class RolloutWorker:
         params = unflatten_members(matrix, self.template)
         live = carry is not None and self.tickets.get(slot.id) == carry.ticket
         with torch.inference_mode():
-            carry = begin_chunk(env, request, carry, live)
+            carry = begin_chunk(env, self.policy.spec, request, carry, live)
             chunk, carry_out = roll_out(env, self.policy, params, request, carry, version)
         if request.stream:
             self.num_chunks += 1
@@ -197,7 +199,9 @@ class RolloutWorker:
         return chunk, said, carry_out if request.stream else None
 
 
-def begin_chunk(env: VectorEnv, request: Request, carry: Carry | None, live: bool) -> Carry:
+def begin_chunk(
+    env: VectorEnv, spec: Spec, request: Request, carry: Carry | None, live: bool
+) -> Carry:
     """Puts the environments where the chunk begins, and says where that is."""
     if carry is not None and live:
         return carry
@@ -207,7 +211,7 @@ def begin_chunk(env: VectorEnv, request: Request, carry: Carry | None, live: boo
     tasks = spread(request.tasks, request.slot.num_envs)
     obs, _ = env.reset(seed=request.seeds[0], options={"tasks": tasks})
     zeros = np.zeros(env.num_envs, np.float32)
-    return Carry(
+    carry = Carry(
         env={},
         noise=torch.Generator().manual_seed(request.seeds[1]).get_state().numpy(),
         obs=np.asarray(obs),
@@ -217,6 +221,32 @@ def begin_chunk(env: VectorEnv, request: Request, carry: Carry | None, live: boo
         discounted_return=zeros,
         pending_reward=zeros,
     )
+    return stagger(env, spec, carry, request.seeds[1]) if request.stagger else carry
+
+
+def stagger(env: VectorEnv, spec: Spec, carry: Carry, seed: int) -> Carry:
+    """Takes every environment some random steps into an episode, at most to the horizon.
+
+    Where episodes have one length, environments that begin together end together for ever, and a
+    chunk holds the same part of every episode.
+    """
+    rng, shape = np.random.default_rng(seed), (env.num_envs,)
+    begins = rng.integers(spec.horizon, size=shape)
+    obs, total, lengths = carry.obs, carry.episode_return.copy(), carry.num_steps.copy()
+    for t in range(1, spec.horizon):
+        action = (
+            rng.integers(spec.action_size, size=shape)
+            if spec.discrete
+            else rng.uniform(-1.0, 1.0, (*shape, spec.action_size)).astype(np.float32)
+        )
+        stepped = env.step(torch.from_numpy(action))
+        obs, reward, terminated, truncated = (np.asarray(part) for part in stepped[:4])
+        total, lengths = total + reward, lengths + 1
+        again = terminated | truncated | (begins == t)
+        if again.any():
+            obs = np.asarray(env.reset(options={"reset_mask": again})[0])
+            total[again], lengths[again] = 0.0, 0
+    return replace(carry, obs=obs.copy(), episode_return=total, num_steps=lengths)
 
 
 def roll_out(

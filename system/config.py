@@ -79,6 +79,9 @@ class RunConfig:
     """Meta-iterations that one record averages over."""
     picture_every: int = 50
     """Meta-iterations between pictures in TensorBoard; 0 for none. LIRPG has some to show."""
+    stagger: bool = False
+    """Whether streams begin in the middle of episodes, each environment somewhere else. Where all
+    episodes are equally long, environments that begin together would end together for ever."""
     max_lag: int = 0
     """Versions that a chunk may lag behind the newest parameters when it is learned from. 0 waits
     for chunks of exactly the newest; above 0 actors go on while the learner works."""

@@ -283,6 +283,7 @@ class Loop:
             num_steps=num_steps or self.family.spec.horizon,
             stream=num_steps is not None,
             keep_data=keep_data,
+            stagger=self.config.stagger and num_steps is not None,
         )
 
     def collect(

@@ -369,6 +369,7 @@ def online(
         eval_tasks=members * 100,
         log_every=50,
         picture_every=5000,
+        stagger=task == "catch",
         runtime=RuntimeConfig(backend="serial", learner_threads=1),
     )
 

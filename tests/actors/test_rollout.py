@@ -467,3 +467,28 @@ def test_returns_and_receipts_agree_with_a_slow_count(name):
         totals.append(sum(episodes))
     assert receipt.num_steps == num_steps
     np.testing.assert_allclose([sum(r) for r in receipt.returns], totals, rtol=1e-5, atol=1e-5)
+
+
+def test_a_staggered_stream_begins_everywhere_in_an_episode():
+    family = load_family("catch")
+    slot = Slot(0, (0, 2), (0, 40))
+    request = Request(slot, ({}, {}), (3, 4), 1, 3, stream=True, stagger=True)
+    chunk, _ = collect(family, request)
+    rows = chunk.arrays["obs"][:, 0].reshape(80, 6, 11)[:, :5].any(2)
+    assert (rows.sum(1) == 1).all()
+    assert np.bincount(rows.argmax(1), minlength=5).min() >= 8
+    assert sorted(set(chunk.arrays["episode_length"].flatten().tolist())) == [0.0, 5.0]
+    assert set(np.unique(chunk.arrays["episode_return"])) <= {-1.0, 0.0, 1.0}
+    again, _ = collect(family, request)
+    for name, array in chunk.arrays.items():
+        np.testing.assert_array_equal(array, again.arrays[name])
+
+
+def test_an_episode_that_a_staggered_stream_enters_is_counted_whole():
+    """Episodes of the random walk end when they do: their lengths count the steps before."""
+    family = load_family("random-walk-flip", {"horizon": 9})
+    request = Request(Slot(0, (0, 1), (0, 200)), ({},), (3, 4), 1, 1, stream=True, stagger=True)
+    chunk, _ = collect(family, request)
+    lengths = chunk.arrays["episode_length"]
+    assert lengths.max() == 9.0
+    assert len(np.unique(lengths)) > 3
