@@ -169,8 +169,61 @@ def test_a_reward_of_nan_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_rho", 0.0), ("max_rho", float("nan")), ("num_steps", 0.5), ("lr", -1.0), ("gamma", -1)],
+    [
+        ("max_rho", 0.0),
+        ("max_rho", float("nan")),
+        ("num_steps", 0.5),
+        ("lr", -1.0),
+        ("gamma", -1),
+        ("lookahead", -1),
+        ("lookahead", 6),
+        ("optimizer", "lion"),
+        ("value_gain", -1.0),
+    ],
 )
 def test_unusable_setting_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"^{name} "):
         A2cConfig(**{name: value})
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_without_bootstrapping_returns_end_with_the_chunk_or_after_n_rewards(lookahead):
+    """Against sums of rewards by a slow loop; incomplete sums are left out."""
+    learner = make_learner(True, bootstrap=False, lookahead=lookahead, max_rho=100.0)
+    state = make_state(learner)
+    batch = make_stream(learner, state)
+    like = member(state["params"], 0)
+    theta = flatten_members(state["params"])
+    dist_of = [
+        plain_outputs(
+            learner, member(unflatten_members(theta, like), m), batch.obs[m].flatten(0, 1)
+        )
+        for m in range(2)
+    ]
+    log_prob = torch.stack(
+        [d.log_prob(batch.action[m].flatten()) for m, (d, _) in enumerate(dist_of)]
+    )
+    value = torch.stack([v for _, v in dist_of]).view_as(batch.reward)
+    ended = batch.terminated | batch.truncated
+    num_steps = batch.reward.shape[1]
+    on_policy = batch.map(torch.clone)
+    on_policy.log_prob.copy_(log_prob.view_as(batch.reward))
+    expected, counted = torch.zeros_like(value), torch.zeros_like(value)
+    for m, t, e in np.ndindex(*value.shape):
+        limit = t + lookahead if lookahead else num_steps
+        for i in range(t, min(limit, num_steps)):
+            expected[m, t, e] += 0.9 ** (i - t) * batch.reward[m, i, e]
+            if ended[m, i, e]:
+                break
+        whole = not lookahead or limit <= num_steps
+        counted[m, t, e] = float(whole or bool(ended[m, t:num_steps, e].any()))
+    _, metrics = learner.loss(state["params"], on_policy, {})
+    error = (value - expected).square() * counted
+    mean = (error.sum((1, 2)) / counted.sum((1, 2))).mean()
+    assert metrics["meta/value_loss"] == pytest.approx(0.5 * float(mean))
+    assert bool((counted == 0.0).any()) is (lookahead > 0)
+
+
+def test_a_lookahead_that_bootstraps_is_refused():
+    with pytest.raises(ConfigError, match="set bootstrap to False"):
+        A2cConfig(lookahead=2)
