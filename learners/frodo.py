@@ -48,8 +48,8 @@ from learners.core.actor_critic import VALUE, decayed, next_values, part, prefix
 from learners.core.contract import Agents, State, check_params
 from learners.core.normalizer import normalize_obs
 from learners.core.optim import OPTIMIZERS, Adam, Optimizer, clip_by_norm
-from learners.core.params import detach, gradients, leaves
-from learners.core.replicas import Replicas
+from learners.core.params import detach, first_member, gradients, leaves
+from learners.core.replicas import Replicas, value_errors
 from learners.core.returns import vtrace
 from learners.core.target_network import TargetNetwork
 from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
@@ -142,6 +142,27 @@ class Frodo(Replicas):
         groups |= {"params": params, "optimizer": slots, "window": saved([*window, batch])}
         return self.updated(state, raw, groups), inner | metrics
 
+    def describe(self, state: State, batch: Trajectory) -> dict[str, Tensor]:
+        """What the first replica's target says of a batch, and what it depends on.
+
+        Returns:
+            "target", "vtrace" [T·E]: g and V-trace's target of every step;
+            "sensitivity" [I]: mean |∂(Σ g)/∂input| over steps, by `target_network.INPUTS`.
+        """
+        first = {group: first_member(entries) for group, entries in state.items()}
+        batch = self.prepared(batch.members(0, 1), first)
+        view = self.view(first["params"], batch)
+        inputs = self.inputs(view, batch).requires_grad_()
+        learned = self.network(first["meta_params"], inputs, ended(batch))
+        (slopes,) = torch.autograd.grad(learned.sum(), inputs)
+        canonical, _ = self.vtrace(view, batch)
+        target = learned + canonical if self.config.residual else learned
+        return {
+            "target": target.detach().flatten(),
+            "vtrace": canonical.flatten(),
+            "sensitivity": slopes.abs().mean((0, 1, 2)),
+        }
+
     # --- The inner update ---
 
     def view(self, params: Params, batch: Trajectory) -> View:
@@ -161,14 +182,17 @@ class Frodo(Replicas):
 
     def target(self, meta_params: Params, view: View, batch: Trajectory) -> Tensor:
         """The learned target g of every step, [M, T, E]; gradient flows to η and to the view."""
-        discount = self.config.gamma * (~batch.terminated).to(batch.reward.dtype)
-        inputs = self.network.gather(
-            batch.reward, discount, view.value, view.next_value, view.log_prob, batch.log_prob
-        )
-        learned = self.network(meta_params, inputs, ended(batch))
+        learned = self.network(meta_params, self.inputs(view, batch), ended(batch))
         if not self.config.residual:
             return learned
         return learned + self.vtrace(view, batch)[0]
+
+    def inputs(self, view: View, batch: Trajectory) -> Tensor:
+        """What the target network sees, [M, T, E, I]; gradient flows to the view."""
+        discount = self.config.gamma * (~batch.terminated).to(batch.reward.dtype)
+        return self.network.gather(
+            batch.reward, discount, view.value, view.next_value, view.log_prob, batch.log_prob
+        )
 
     def direction(
         self, params: Params, view: View, target: Tensor, *, create_graph: bool
@@ -220,10 +244,9 @@ class Frodo(Replicas):
                 "frodo/target_minus_vtrace": difference,
                 "frodo/target_distance": difference.abs(),
             }
-            if batch.true_value.shape[1]:
-                metrics["rollout/value_error"] = (view.value - batch.true_value).square()
+            errors = value_errors(view.value, batch)
         means = {name: float(value.detach().mean()) for name, value in metrics.items()}
-        return detach(new), detach(slots), means
+        return detach(new), detach(slots), means | errors
 
     # --- The outer update ---
 

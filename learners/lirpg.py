@@ -56,7 +56,12 @@ from learners.core.actor_critic import (
 from learners.core.contract import Agents, State, check_params
 from learners.core.intrinsic import IntrinsicReward
 from learners.core.optim import Adam, RMSProp, clip_by_norm, clip_pullback
-from learners.core.params import flatten_members, one_member, unflatten_members
+from learners.core.params import (
+    first_member,
+    flatten_members,
+    one_member,
+    unflatten_members,
+)
 from learners.core.replicas import Replicas
 from learners.core.returns import gae_matrix, stream_gae
 from learners.core.reward_description import describe_reward
@@ -399,8 +404,3 @@ def added(grads: Params, others: Params) -> Params:
     """The entries of both, their sum where both have one."""
     shared = {name: grads[name] + others[name] for name in grads.keys() & others.keys()}
     return grads | others | shared
-
-
-def first_member(params: Params) -> Params:
-    """The first member's entries, axis M kept."""
-    return {name: p[:1] for name, p in params.items()}

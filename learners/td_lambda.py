@@ -22,7 +22,7 @@ from learners.config import TdLambdaConfig
 from learners.core.actor_critic import VALUE, rollout, stack
 from learners.core.contract import Agents, State, check_params
 from learners.core.errors import ConfigError
-from learners.core.replicas import Replicas
+from learners.core.replicas import Replicas, value_errors
 from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
 
 WEIGHT, BIAS = VALUE + "layer0.weight", VALUE + "layer0.bias"
@@ -63,13 +63,8 @@ class TdLambda(Replicas):
         entries = {WEIGHT: weight[:, :-1].unsqueeze(-1), BIAS: weight[:, -1:]}
         groups = {"params": state["params"] | entries, "traces": {"e": trace}}
         metrics = {"meta/td_error": float(errors.square().mean())}
-        if batch.true_value.shape[1]:
-            features = with_one(rollout(batch, {}).obs)
-            start = whole_weight(state["params"])
-            value = (features * start.unsqueeze(1)).sum(-1).view_as(batch.reward)
-            error = (value - batch.true_value).square()
-            metrics["rollout/value_error"] = float(error.mean())
-        return self.updated(state, batch, groups), metrics
+        value = self.networks.value(state["params"], rollout(batch, {}).obs).view_as(batch.reward)
+        return self.updated(state, batch, groups), metrics | value_errors(value, batch)
 
     def steps(self, state: State, batch: Trajectory) -> tuple[Tensor, Tensor, Tensor]:
         """Weights [M, O + 1], traces [M, E, O + 1] and errors δ [M, T, E] of one chunk."""

@@ -78,7 +78,7 @@ class RunConfig:
     log_every: int = 1
     """Meta-iterations that one record averages over."""
     picture_every: int = 50
-    """Meta-iterations between pictures in TensorBoard; 0 for none. LIRPG has some to show."""
+    """Meta-iterations between pictures in TensorBoard; 0 for none. LIRPG and FRODO have some."""
     stagger: bool = False
     """Whether streams begin in the middle of episodes, each environment somewhere else. Where all
     episodes are equally long, environments that begin together would end together for ever."""

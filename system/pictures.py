@@ -36,6 +36,9 @@ def draw(described: Described) -> dict[str, np.ndarray]:
         images["lirpg/saliency"] = saliency(
             described["frames"], described["saliency"], described["frame_reward"]
         )
+    if "sensitivity" in described:
+        images["frodo/target"] = learned_target(described["target"], described["vtrace"])
+        images["frodo/sensitivity"] = sensitivity(described["sensitivity"])
     return images
 
 
@@ -115,6 +118,35 @@ def saliency(frames: np.ndarray, strength: np.ndarray, reward: np.ndarray) -> np
     label = "|∂r_in/∂pixel| per grey level of 255"
     bar = figure.colorbar(shown, ax=panels, label=label, fraction=0.03, pad=0.02)
     bar.formatter.set_powerlimits((-2, 2))
+    return to_image(figure)
+
+
+def learned_target(target: np.ndarray, vtrace: np.ndarray) -> np.ndarray:
+    """The learned target [N] of a chunk's steps over V-trace's [N]."""
+    figure = new_figure(5.0, 5.0)
+    axes = figure.subplots()
+    ends = [min(target.min(), vtrace.min()), max(target.max(), vtrace.max())]
+    axes.plot(ends, ends, color="grey", linewidth=1.0, label="equal")
+    axes.scatter(vtrace, target, s=14, alpha=0.5, label="a step of the last chunk")
+    axes.set_xlabel("V-trace's target")
+    axes.set_ylabel("learned target g")
+    axes.set_title("The learned target; first replica")
+    axes.legend(loc="upper left")
+    axes.grid(alpha=0.3)
+    return to_image(figure)
+
+
+def sensitivity(slopes: np.ndarray) -> np.ndarray:
+    """How much the targets move with each input [I], as bars."""
+    from learners.core.target_network import INPUTS
+
+    figure = new_figure(6.0, 3.2)
+    axes = figure.subplots()
+    names = [name.replace("_", " ") for name in INPUTS[: len(slopes)]]
+    axes.barh(names, slopes)
+    axes.invert_yaxis()
+    axes.set_xlabel("mean |∂(Σ g)/∂input| over the steps of a chunk")
+    axes.set_title("What the learned target depends on; first replica")
     return to_image(figure)
 
 

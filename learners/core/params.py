@@ -46,6 +46,11 @@ def one_member(params: Params) -> Params:
     return {name: p[0] for name, p in params.items()}
 
 
+def first_member(params: Params) -> Params:
+    """The first member's entries, axis M kept."""
+    return {name: p[:1] for name, p in params.items()}
+
+
 def expand_members(params: Params, num_members: int) -> Params:
     """Gives every member the same parameters: views with a leading axis M."""
     return {name: p.expand(num_members, *p.shape) for name, p in params.items()}

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from learners.config import ActorCriticSettings
 from learners.core.actor_critic import POLICY, ActorCritic, part
 from learners.core.contract import Agents, State
 from learners.core.policy import Policy
-from learners.core.trajectory import Params, Spec, Trajectory
+from learners.core.trajectory import Metrics, Params, Spec, Trajectory
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,12 @@ class Replicas:
         if self.policy.normalizer is not None:
             after["statistics"] = self.policy.normalizer.merge(state["statistics"], batch)
         return after
+
+
+def value_errors(value: Tensor, batch: Trajectory) -> Metrics:
+    """Mean squared error of the values [M, T, E] of a batch; nothing where no truth is known."""
+    if not batch.true_value.shape[1]:
+        return {}
+    errors = (value - batch.true_value).square().mean((1, 2)).tolist()
+    own = {f"replica/value_error_{m}": error for m, error in enumerate(errors)}
+    return {"rollout/value_error": sum(errors) / len(errors)} | own

