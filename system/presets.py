@@ -301,19 +301,27 @@ def lirpg_breakout() -> RunConfig:
 # --- Discovered targets, and what they are compared with ---
 
 CATCH_ENVS = 64
-CATCH_STEPS = 6_000_000
+CATCH_STEPS = 1_500_000
 """Environment steps of each replica."""
 
 CATCH = FrodoConfig(
     num_steps=3,
-    hidden=(64,),
-    lr=1e-3,
+    hidden=(128, 128),
+    activation="relu",
+    lr=5e-4,
     inner_optimizer="adam",
-    entropy_coef=0.04,
+    entropy_coef=0.03,
     value_gain=0.01,
+    meta_lr=3e-3,
 )
 CATCH_A2C = A2cConfig(
-    num_steps=3, hidden=(64,), lr=1e-3, optimizer="adam", entropy_coef=0.04, value_gain=0.01
+    num_steps=3,
+    hidden=(128, 128),
+    activation="relu",
+    lr=5e-4,
+    optimizer="adam",
+    entropy_coef=0.03,
+    value_gain=0.01,
 )
 
 
