@@ -301,7 +301,7 @@ def lirpg_breakout() -> RunConfig:
 # --- Discovered targets, and what they are compared with ---
 
 CATCH_ENVS = 64
-CATCH_STEPS = 1_500_000
+CATCH_STEPS = 800_000
 """Environment steps of each replica."""
 
 CATCH = FrodoConfig(
@@ -313,6 +313,7 @@ CATCH = FrodoConfig(
     entropy_coef=0.03,
     value_gain=0.01,
     meta_lr=3e-3,
+    outer_entropy_coef=0.03,
 )
 CATCH_A2C = A2cConfig(
     num_steps=3,
