@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import psutil
 
-from learners.config import LirpgConfig, MamlTrpoConfig
+from learners.config import FrodoConfig, LirpgConfig, MamlTrpoConfig
 from learners.core.errors import ConfigError
 from learners.core.trajectory import Spec
 from system.config import RunConfig, rollout_size
 
 COPIES = 4
-"""Times that a rollout's data are held at once: chunk, batch, flattened and shuffled."""
+"""Times that a rollout's data are held at once: chunk, batch, flattened and shuffled. FRODO's
+window has K more."""
 
 MATRIX_COPIES = 3
 """Times that LIRPG's matrix of steps × steps is held while it is built."""
@@ -21,7 +22,10 @@ def replica_bytes(config: RunConfig, spec: Spec) -> int:
     steps, _ = rollout_size(config.learner, config.num_envs)
     pixel = 1 if spec.image is not None else 4
     numbers = 2 * spec.obs_size * pixel + 4 * (spec.action_size + 12)
-    needed = COPIES * steps * numbers
+    copies = COPIES
+    if isinstance(config.learner, FrodoConfig):
+        copies += config.learner.num_inner_updates
+    needed = copies * steps * numbers
     if isinstance(config.learner, LirpgConfig):
         needed += MATRIX_COPIES * 4 * steps**2
     return needed

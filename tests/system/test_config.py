@@ -148,7 +148,8 @@ def test_every_other_field_is_a_difference(tiny_run):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_methods_configuration_comes_back_from_json(tiny_run, method):
-    config = replace(tiny_run(), learner=METHODS[method](hidden=(7, 5)))
+    hidden = () if method == "td-lambda" else (7, 5)
+    config = replace(tiny_run(), learner=METHODS[method](hidden=hidden))
     values = json.loads(json.dumps(to_dict(config)))
     assert values["learner"]["method"] == method
     assert from_dict(values) == config

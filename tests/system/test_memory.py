@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from learners.config import LirpgConfig, PpoConfig
+from learners.config import FrodoConfig, LirpgConfig, PpoConfig
 from learners.core.errors import ConfigError
 from learners.core.trajectory import Spec
 from system.memory import check_replicas, replica_bytes
@@ -23,6 +23,13 @@ def run_of(tiny_run):
 def test_the_matrix_of_steps_counts(run_of):
     lirpg, ppo = run_of(LirpgConfig(), 1), run_of(PpoConfig(), 1)
     assert replica_bytes(lirpg, SPEC) - replica_bytes(ppo, SPEC) == 3 * 4 * 2048**2
+
+
+def test_the_batches_of_a_window_count(run_of):
+    """PPO's four copies of a rollout, and one for each inner update."""
+    ppo = replica_bytes(run_of(PpoConfig(num_steps=32), 1), SPEC)
+    frodo = FrodoConfig(num_steps=32, num_inner_updates=4)
+    assert replica_bytes(run_of(frodo, 1), SPEC) == 2 * ppo
 
 
 def test_what_fits_is_accepted_and_what_does_not_is_refused_with_what_would(run_of):
