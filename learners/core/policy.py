@@ -51,19 +51,6 @@ class Gaussian:
         scaled = (action - self.mean) * torch.exp(-self.log_std)
         return -0.5 * scaled.square().sum(-1) - (self.log_std + LOG_SQRT_2PI).sum(-1)
 
-    def log_prob_tangent(self, action: Tensor, outputs: Tensor, params: Params) -> Tensor:
-        """Derivative of `log_prob` along a direction of the parameters, [M, N].
-
-        Args:
-            action: as for `log_prob`.
-            outputs: derivative of the network's outputs, [M, N, A].
-            params: the direction itself, for log σ, which no network gives.
-        """
-        inverse = torch.exp(-self.log_std)
-        scaled = (action - self.mean) * inverse
-        moving = (self.log_std > MIN_LOG_STD).to(scaled.dtype) * params["log_std"].unsqueeze(1)
-        return (scaled * inverse * outputs + (scaled.square() - 1.0) * moving).sum(-1)
-
     def entropy(self) -> Tensor:
         """Differential entropy, [M, 1]: the same at every observation."""
         return (self.log_std + (LOG_SQRT_2PI + 0.5)).sum(-1)
@@ -108,11 +95,6 @@ class Categorical:
     def log_prob(self, action: Tensor) -> Tensor:
         """Log probability, [M, N]."""
         return self.logits.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-
-    def log_prob_tangent(self, action: Tensor, outputs: Tensor, params: Params) -> Tensor:
-        """As `Gaussian.log_prob_tangent`."""
-        chosen = outputs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        return chosen - (self.logits.exp() * outputs).sum(-1)
 
     def entropy(self) -> Tensor:
         """Entropy in nats, [M, N]."""

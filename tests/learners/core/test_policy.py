@@ -163,27 +163,6 @@ def test_entropy_equals_that_of_torch(make):
     torch.testing.assert_close(computed, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("discrete", [False, True])
-def test_log_prob_tangent_equals_jvp(discrete):
-    policy = Policy(Spec(3, 4, discrete, horizon=1), (5,), "tanh", 0.5)
-    generator = torch.Generator().manual_seed(0)
-    outputs, along = torch.randn(2, 2, 7, 4, generator=generator).double()
-    log_std, log_std_along = torch.randn(2, 2, 4, generator=generator).double()
-    log_std[1, 2] = -1000.0  # below the floor, where it has no gradient
-    dist = policy.from_outputs({"log_std": log_std}, outputs)
-    action = dist.sample(policy.noise((2, 7), generator).double())
-
-    def log_prob(outputs, log_std):
-        return policy.from_outputs({"log_std": log_std}, outputs).log_prob(action)
-
-    _, expected = torch.func.jvp(log_prob, (outputs, log_std), (along, log_std_along))
-    computed = dist.log_prob_tangent(action, along, {"log_std": log_std_along})
-    assert computed.shape == (2, 7)
-    torch.testing.assert_close(computed, expected, rtol=1e-10, atol=1e-10)
-    without = dist.log_prob_tangent(action, along, {"log_std": torch.zeros_like(log_std)})
-    assert torch.equal(without, computed) is discrete
-
-
 # --- Normalized observations ---
 
 
