@@ -313,6 +313,7 @@ CATCH = FrodoConfig(
     entropy_coef=0.03,
     value_gain=0.01,
     meta_lr=3e-3,
+    consistency_coef=0.0,
     outer_entropy_coef=0.03,
 )
 CATCH_A2C = A2cConfig(
