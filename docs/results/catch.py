@@ -16,7 +16,7 @@ from typing import Any
 
 HERE = Path(__file__).parent / "frodo"
 METHODS = {
-    "frodo, from scratch": "frodo-catch-seed1",
+    "frodo, from scratch": "frodo-catch-c0-seed1",
     "frodo, residual start": "frodo-catch-residual-seed1",
     "a2c, full horizon": "a2c-catch-full-seed1",
     "a2c, 3 steps and bootstrap": "a2c-catch-seed1",
@@ -24,11 +24,11 @@ METHODS = {
     "a2c, 3 steps, no bootstrap": "a2c-catch-no-bootstrap-seed1",
 }
 ABLATIONS = {
+    "c = 0, K = 5": "frodo-catch-c0-seed1",
+    "c = 0.01, K = 5": "frodo-catch-c0.01-seed1",
     "c = 0.1, K = 5": "frodo-catch-seed1",
-    "c = 0": "frodo-catch-c0-seed1",
-    "c = 0.01": "frodo-catch-c0.01-seed1",
-    "c = 1": "frodo-catch-c1-seed1",
-    "K = 1": "frodo-catch-k1-seed1",
+    "c = 1, K = 5": "frodo-catch-c1-seed1",
+    "c = 0.1, K = 1": "frodo-catch-k1-seed1",
 }
 RETURN = "rollout/ep_rew_mean"
 ENDS = ("rollout/ep_rew_ci95_low", "rollout/ep_rew_ci95_high")
