@@ -153,7 +153,7 @@ class Frodo(Replicas):
         batch = self.prepared(batch.members(0, 1), first)
         view = self.view(first["params"], batch)
         inputs = self.inputs(view, batch).requires_grad_()
-        learned = self.network(first["meta_params"], inputs, ended(batch))
+        learned = self.network(first["meta_params"], inputs, batch.ended)
         (slopes,) = torch.autograd.grad(learned.sum(), inputs)
         canonical, _ = self.vtrace(view, batch)
         target = learned + canonical if self.config.residual else learned
@@ -182,7 +182,7 @@ class Frodo(Replicas):
 
     def target(self, meta_params: Params, view: View, batch: Trajectory) -> Tensor:
         """The learned target g of every step, [M, T, E]; gradient flows to η and to the view."""
-        learned = self.network(meta_params, self.inputs(view, batch), ended(batch))
+        learned = self.network(meta_params, self.inputs(view, batch), batch.ended)
         if not self.config.residual:
             return learned
         return learned + self.vtrace(view, batch)[0]
@@ -308,7 +308,7 @@ class Frodo(Replicas):
         view = self.view(detach(params), batch)
         target = self.target(meta_params, view, batch)
         successor = torch.cat([target.detach()[:, 1:], target.new_zeros(target[:, :1].shape)], 1)
-        over = ended(batch)
+        over = batch.ended
         aim = batch.reward + self.config.gamma * successor * (1.0 - over)
         known = torch.ones_like(over)
         known[:, -1] = 0.0
@@ -362,7 +362,7 @@ class Frodo(Replicas):
             batch.reward,
             view.value,
             view.next_value,
-            ended(batch),
+            batch.ended,
             view.log_prob - batch.log_prob,
             c.gamma,
             c.max_rho,
@@ -382,11 +382,6 @@ class Frodo(Replicas):
         else:
             fields["final_obs"] = batch.final_obs[:, :0]
         return Trajectory(**fields)
-
-
-def ended(batch: Trajectory) -> Tensor:
-    """1.0 where an episode ends, [M, T, E]."""
-    return (batch.terminated | batch.truncated).to(batch.reward.dtype)
 
 
 def saved(window: Sequence[Trajectory]) -> Params:

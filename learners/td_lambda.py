@@ -75,7 +75,7 @@ class TdLambda(Replicas):
         seen = with_one(torch.cat([batch.obs, batch.last_obs.unsqueeze(1)], 1)).unbind(1)
         weight = whole_weight(state["params"])
         trace = state["traces"].get("e", torch.zeros_like(seen[0]))
-        cut = (batch.terminated | batch.truncated).to(weight.dtype).unsqueeze(-1).unbind(1)
+        cut = batch.ended.unsqueeze(-1).unbind(1)
         done = batch.terminated.to(weight.dtype).unbind(1)
         errors = []
         for t, reward in enumerate(batch.reward.unbind(1)):

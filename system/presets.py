@@ -436,7 +436,6 @@ def frodo_breakout() -> RunConfig:
     learner = FrodoConfig(
         num_steps=20,
         lr=6e-4,
-        lr_decay_updates=0,
         entropy_coef=0.01,
         meta_lr=3e-4,
         target_width=256,

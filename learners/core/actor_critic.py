@@ -208,7 +208,7 @@ def rollout(trajectory: Trajectory, statistics: Params) -> Rollout:
         action=t.action.flatten(1, 2),
         log_prob=t.log_prob.flatten(1, 2),
         reward=t.reward,
-        ended=(t.terminated | t.truncated).to(t.reward.dtype),
+        ended=t.ended,
     )
 
 

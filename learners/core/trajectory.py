@@ -103,6 +103,11 @@ class Trajectory:
         return self.map(lambda tensor: tensor.to(device))
 
     @property
+    def ended(self) -> Tensor:
+        """1.0 where an episode ends, [M, T, E]."""
+        return (self.terminated | self.truncated).to(self.reward.dtype)
+
+    @property
     def num_steps(self) -> int:
         """Valid environment steps."""
         return int(self.valid.sum().item())
