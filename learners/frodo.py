@@ -257,9 +257,10 @@ class Frodo(Replicas):
         c = self.config
         meta_params = leaves(state["meta_params"])
         adapted = self.unroll(state, meta_params, window)
-        target, advantage = self.outer_targets(adapted, state, query)
-        loss = self.outer_loss(adapted, query, target, advantage)
-        consistency = self.consistency(meta_params, adapted, query)
+        view = self.view(adapted, query)
+        target, advantage = self.outer_targets(view, state, query)
+        loss = self.outer_loss(view, target, advantage)
+        consistency = self.consistency(meta_params, view, query)
         total = loss + c.consistency_coef * consistency
         grads = gradients(total.sum(), meta_params)
         grads, norm = clip_by_norm(grads, c.max_grad_norm)
@@ -281,31 +282,25 @@ class Frodo(Replicas):
             )
         return params
 
-    def outer_targets(
-        self, params: Params, state: State, batch: Trajectory
-    ) -> tuple[Tensor, Tensor]:
+    def outer_targets(self, view: View, state: State, batch: Trajectory) -> tuple[Tensor, Tensor]:
         """V-trace's targets and advantages for the outer loss, [M, T, E], without gradient."""
         with torch.no_grad():
-            view = self.view(params, batch)
             if self.config.outer_critic:
                 view = self.rated(view, state["critic"], batch)
             return self.vtrace(view, batch)
 
-    def outer_loss(
-        self, params: Params, batch: Trajectory, target: Tensor, advantage: Tensor
-    ) -> Tensor:
+    def outer_loss(self, view: View, target: Tensor, advantage: Tensor) -> Tensor:
         """Loss of each replica [M] at θ_K; targets and advantages are constants."""
         c = self.config
-        view = self.view(params, batch)
         value_loss = 0.5 * (view.value - target).square().mean((1, 2))
         if self.spec.target_policy is not None:
             return value_loss
         policy_loss = -(advantage * view.log_prob).mean((1, 2))
         return policy_loss + c.outer_value_coef * value_loss - c.outer_entropy_coef * view.entropy
 
-    def consistency(self, meta_params: Params, params: Params, batch: Trajectory) -> Tensor:
+    def consistency(self, meta_params: Params, view: View, batch: Trajectory) -> Tensor:
         """Mean of (g_t − sg(r_t + γ g_t+1))² over steps with a successor, [M]; gradient to η."""
-        view = self.view(detach(params), batch)
+        view = View(*(tensor.detach() for tensor in vars(view).values()))
         target = self.target(meta_params, view, batch)
         successor = torch.cat([target.detach()[:, 1:], target.new_zeros(target[:, :1].shape)], 1)
         over = batch.ended

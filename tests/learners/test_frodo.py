@@ -75,7 +75,8 @@ def window_of(learner: Frodo, num_members: int = 1):
 
 def outer(learner, state, meta_params, window, query, held):
     """The outer loss [M] as a function of η, targets and advantages held."""
-    return learner.outer_loss(learner.unroll(state, meta_params, window), query, *held)
+    view = learner.view(learner.unroll(state, meta_params, window), query)
+    return learner.outer_loss(view, *held)
 
 
 def assert_slopes(function, meta_params, grads, tolerance=2e-6, eps=1e-5):
@@ -107,8 +108,9 @@ def test_meta_gradient_equals_finite_differences(form, optimizer, num_inner_upda
     state, window, query = window_of(learner)
     meta_params = leaves(state["meta_params"])
     adapted = learner.unroll(state, meta_params, window)
-    held = learner.outer_targets(adapted, state, query)
-    grads = gradients(learner.outer_loss(adapted, query, *held).sum(), meta_params)
+    view = learner.view(adapted, query)
+    held = learner.outer_targets(view, state, query)
+    grads = gradients(learner.outer_loss(view, *held).sum(), meta_params)
     assert_slopes(
         lambda eta: outer(learner, state, eta, window, query, held), detach(meta_params), grads
     )
@@ -122,8 +124,9 @@ def test_meta_gradient_of_the_options_equals_finite_differences(settings):
     state, window, query = window_of(learner)
     meta_params = leaves(state["meta_params"])
     adapted = learner.unroll(state, meta_params, window)
-    held = learner.outer_targets(adapted, state, query)
-    grads = gradients(learner.outer_loss(adapted, query, *held).sum(), meta_params)
+    view = learner.view(adapted, query)
+    held = learner.outer_targets(view, state, query)
+    grads = gradients(learner.outer_loss(view, *held).sum(), meta_params)
     assert_slopes(
         lambda eta: outer(learner, state, eta, window, query, held), detach(meta_params), grads
     )
@@ -133,9 +136,10 @@ def test_meta_gradient_of_the_options_equals_finite_differences(settings):
 def test_gradient_of_the_consistency_equals_finite_differences(form):
     learner = make_learner(form)
     state, _, query = window_of(learner)
-    meta_params, params = leaves(state["meta_params"]), state["params"]
-    grads = gradients(learner.consistency(meta_params, params, query).sum(), meta_params)
-    view = learner.view(params, query)
+    meta_params = leaves(state["meta_params"])
+    view = learner.view(leaves(state["params"]), query)
+    grads = gradients(learner.consistency(meta_params, view, query).sum(), meta_params)
+    view = learner.view(state["params"], query)
     held = learner.target(detach(meta_params), view, query)
 
     def loss(eta):
@@ -153,7 +157,7 @@ def test_gradient_of_the_consistency_equals_finite_differences(form):
         return total / count
 
     torch.testing.assert_close(
-        learner.consistency(meta_params, params, query).detach()[0], loss(state["meta_params"])
+        learner.consistency(meta_params, view, query).detach()[0], loss(state["meta_params"])
     )
     assert_slopes(loss, detach(meta_params), grads)
 
@@ -241,7 +245,7 @@ def test_without_its_own_critic_the_agent_rates_itself():
     adapted = learner.unroll(state, state["meta_params"], window)
     view = learner.view(adapted, query)
     expected = learner.vtrace(view, query)
-    for found, own in zip(learner.outer_targets(adapted, state, query), expected, strict=True):
+    for found, own in zip(learner.outer_targets(view, state, query), expected, strict=True):
         torch.testing.assert_close(found, own.detach())
 
 
