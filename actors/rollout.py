@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,10 +17,11 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from actors.family import Task, TaskFamily
-from learners.core.blocks import block_bounds
+from learners.core.blocks import block_bounds, group_bounds
 from learners.core.normalizer import REWARD_STD
 from learners.core.params import unflatten_members
 from learners.core.policy import Policy
+from learners.core.population import LifetimePolicy, Population
 from learners.core.trajectory import Params, Spec
 
 Arrays = dict[str, np.ndarray]
@@ -49,12 +50,17 @@ class Slot:
 
 
 def make_slots(
-    num_members: int, num_envs: int, members_per_slot: int, envs_per_slot: int
+    num_members: int,
+    num_envs: int,
+    members_per_slot: int,
+    envs_per_slot: int,
+    num_worlds: int = 1,
 ) -> list[Slot]:
-    """Cuts M members × E environments into slots, environments fastest."""
+    """Cuts M members × E environments into slots, environments fastest; none has two worlds."""
     bounds = [
-        (members, envs)
-        for members in block_bounds(num_members, members_per_slot)
+        ((first + a, first + b), envs)
+        for first, last in group_bounds(num_members, num_worlds)
+        for a, b in block_bounds(last - first, members_per_slot)
         for envs in block_bounds(num_envs, envs_per_slot)
     ]
     return [Slot(i, members, envs) for i, (members, envs) in enumerate(bounds)]
@@ -100,6 +106,7 @@ class Request:
         stream: whether new episodes follow where one ends; otherwise the chunk is whole episodes.
         keep_data: whether the chunk is wanted, and not its receipt alone.
         stagger: whether a new stream begins in the middle of episodes.
+        renew: members, counted within the slot, whose stream begins anew with their task.
     """
 
     slot: Slot
@@ -110,6 +117,7 @@ class Request:
     stream: bool = False
     keep_data: bool = True
     stagger: bool = False
+    renew: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -155,10 +163,12 @@ class RolloutWorker:
     new episodes.
     """
 
-    def __init__(self, family: TaskFamily, policy: Policy) -> None:
+    def __init__(self, family: TaskFamily, policy: Policy | Population) -> None:
         self.family = family
-        self.policy = policy
-        self.template = policy.template()
+        self.policies: Callable[[int], Policy | LifetimePolicy] = (
+            policy.policy_of if isinstance(policy, Population) else lambda world: policy
+        )
+        self.templates: dict[int, Params] = {}
         self.envs: dict[tuple[str, int], VectorEnv] = {}
         self.tickets: dict[int, tuple[int, int]] = {}
         self.num_chunks = 0
@@ -184,11 +194,15 @@ class RolloutWorker:
             env = self.envs[key] = self.family.make(num_envs)
         # An array from the object store is read-only; these parameters are never written to.
         matrix = torch.tensor(flat_params)
-        params = unflatten_members(matrix, self.template)
+        world = int(request.tasks[0].get("world", 0))  # type: ignore[arg-type]
+        policy = self.policies(world)
+        if world not in self.templates:
+            self.templates[world] = policy.template()
+        params = unflatten_members(matrix, self.templates[world])
         live = carry is not None and self.tickets.get(slot.id) == carry.ticket
         with torch.inference_mode():
-            carry = begin_chunk(env, self.policy.spec, request, carry, live)
-            chunk, carry_out = roll_out(env, self.policy, params, request, carry, version)
+            carry = begin_chunk(env, policy.spec, request, carry, live)
+            chunk, carry_out = roll_out(env, policy, params, request, carry, version)
         if request.stream:
             self.num_chunks += 1
             ticket = self.tickets[slot.id] = (os.getpid(), self.num_chunks)
@@ -203,11 +217,10 @@ def begin_chunk(
     env: VectorEnv, spec: Spec, request: Request, carry: Carry | None, live: bool
 ) -> Carry:
     """Puts the environments where the chunk begins, and says where that is."""
-    if carry is not None and live:
-        return carry
-    if carry is not None and carry.env:
-        env.restore(carry.env)  # type: ignore[attr-defined]
-        return carry
+    if carry is not None and (live or carry.env):
+        if not live:
+            env.restore(carry.env)  # type: ignore[attr-defined]
+        return renew(env, request, carry) if request.renew else carry
     tasks = spread(request.tasks, request.slot.num_envs)
     obs, _ = env.reset(seed=request.seeds[0], options={"tasks": tasks})
     zeros = np.zeros(env.num_envs, np.float32)
@@ -222,6 +235,19 @@ def begin_chunk(
         pending_reward=zeros,
     )
     return stagger(env, spec, carry, request.seeds[1]) if request.stagger else carry
+
+
+def renew(env: VectorEnv, request: Request, carry: Carry) -> Carry:
+    """Begins the streams of some members anew, with their tasks; the others go on."""
+    members = np.zeros(request.slot.num_members, bool)
+    members[list(request.renew)] = True
+    mask = members.repeat(request.slot.num_envs)
+    tasks = spread(request.tasks, request.slot.num_envs)
+    obs, _ = env.reset(options={"tasks": tasks, "reset_mask": mask})
+    kept = ("ended", "episode_return", "num_steps", "discounted_return", "pending_reward")
+    blank = {name: np.where(mask, 0, getattr(carry, name)) for name in kept}
+    blank = {name: array.astype(getattr(carry, name).dtype) for name, array in blank.items()}
+    return replace(carry, obs=np.asarray(obs).copy(), **blank)  # type: ignore[arg-type]
 
 
 def stagger(env: VectorEnv, spec: Spec, carry: Carry, seed: int) -> Carry:
@@ -251,7 +277,7 @@ def stagger(env: VectorEnv, spec: Spec, carry: Carry, seed: int) -> Carry:
 
 def roll_out(
     env: VectorEnv,
-    policy: Policy,
+    policy: Policy | LifetimePolicy,
     params: Params,
     request: Request,
     carry: Carry,
@@ -322,7 +348,10 @@ def roll_out(
 
 
 def step_noise(
-    policy: Policy, shape: tuple[int, int], generator: torch.Generator, num_steps: int
+    policy: Policy | LifetimePolicy,
+    shape: tuple[int, int],
+    generator: torch.Generator,
+    num_steps: int,
 ) -> Iterator[torch.Tensor]:
     """The noise of each step, drawn for some steps ahead: that is faster than between others' work.
 
@@ -337,7 +366,7 @@ def spread(tasks: Sequence[Task], num_envs: int) -> list[Task]:
     return [task for task in tasks for _ in range(num_envs)]
 
 
-def allocate(policy: Policy, request: Request, obs: np.ndarray) -> Arrays:
+def allocate(policy: Policy | LifetimePolicy, request: Request, obs: np.ndarray) -> Arrays:
     """Zeroed storage for a chunk, time-major, [T, n, …]; only small fields where that is enough."""
     spec = policy.spec
     shape = (request.num_steps, len(obs))
@@ -377,7 +406,7 @@ def blank(out: Arrays, t: int, ended: np.ndarray) -> None:
 
 
 def shape_rewards(
-    out: Arrays, policy: Policy, params: Params, request: Request, carry: Carry
+    out: Arrays, policy: Policy | LifetimePolicy, params: Params, request: Request, carry: Carry
 ) -> tuple[np.ndarray, np.ndarray]:
     """Makes of raw rewards what is learned from: normalized first, then delayed.
 
@@ -432,7 +461,7 @@ def by_member(array: np.ndarray, m: int, e: int) -> np.ndarray:
 
 
 def log_probs(
-    policy: Policy, params: Params, outputs: list[torch.Tensor], arrays: Arrays
+    policy: Policy | LifetimePolicy, params: Params, outputs: list[torch.Tensor], arrays: Arrays
 ) -> np.ndarray:
     """Log-probability of every valid action, [m, T, e], 0 in padding.
 

@@ -48,7 +48,7 @@ class A2c(Replicas):
     def meta_update(
         self,
         state: State,
-        agents: Agents,
+        trace: Sequence[Agents],
         batches: Sequence[Trajectory],
         reduce: Reduce = sum_in_order,
     ) -> tuple[State, Metrics]:

@@ -117,7 +117,7 @@ class Frodo(Replicas):
     def meta_update(
         self,
         state: State,
-        agents: Agents,
+        trace: Sequence[Agents],
         batches: Sequence[Trajectory],
         reduce: Reduce = sum_in_order,
     ) -> tuple[State, Metrics]:

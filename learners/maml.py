@@ -107,7 +107,9 @@ class MamlTrpo:
         rates = {INNER_LR + n: torch.full_like(p, c.inner_lr) for n, p in params.items()}
         return {"meta_params": params | rates if c.learn_inner_lr else params}
 
-    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
+    def begin(
+        self, state: State, num_members: int, *, evaluating: bool = False
+    ) -> tuple[list[bool], Agents]:
         """All members start anew from η."""
         params, _ = self.split(state["meta_params"])
         return [True] * num_members, Agents(expand_members(params, num_members), {}, 0)
@@ -135,7 +137,7 @@ class MamlTrpo:
     def meta_update(
         self,
         state: State,
-        agents: Agents,
+        trace: Sequence[Agents],
         batches: Sequence[Trajectory],
         reduce: Reduce = sum_in_order,
     ) -> tuple[State, Metrics]:

@@ -74,7 +74,7 @@ class Ppo(Replicas):
     def meta_update(
         self,
         state: State,
-        agents: Agents,
+        trace: Sequence[Agents],
         batches: Sequence[Trajectory],
         reduce: Reduce = sum_in_order,
     ) -> tuple[State, Metrics]:

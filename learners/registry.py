@@ -16,6 +16,8 @@ LEARNERS: dict[str, str] = {
     "td-lambda": "learners.td_lambda:TdLambda",
     "lirpg": "learners.lirpg:Lirpg",
     "frodo": "learners.frodo:Frodo",
+    "lpg": "learners.lpg:Lpg",
+    "lpg-agent": "learners.lpg_agent:LpgAgent",
 }
 
 

@@ -52,16 +52,16 @@ class TdLambda(Replicas):
     def meta_update(
         self,
         state: State,
-        agents: Agents,
+        trace: Sequence[Agents],
         batches: Sequence[Trajectory],
         reduce: Reduce = sum_in_order,
     ) -> tuple[State, Metrics]:
         """All steps of a chunk, one after the other."""
         (batch,) = batches
-        weight, trace, errors = self.steps(state, batch)
+        weight, traces, errors = self.steps(state, batch)
         check_params({"weight": weight}, "params")
         entries = {WEIGHT: weight[:, :-1].unsqueeze(-1), BIAS: weight[:, -1:]}
-        groups = {"params": state["params"] | entries, "traces": {"e": trace}}
+        groups = {"params": state["params"] | entries, "traces": {"e": traces}}
         metrics = {"meta/td_error": float(errors.square().mean())}
         value = self.networks.value(state["params"], rollout(batch, {}).obs).view_as(batch.reward)
         return self.updated(state, batch, groups), metrics | value_errors(value, batch)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from learners.config import METHODS, LearnerConfig, MamlTrpoConfig, method_of
+from learners.config import METHODS, LearnerConfig, LpgConfig, MamlTrpoConfig, method_of
 from learners.core.errors import ConfigError
 
 TaskOption = float | int | bool | str
@@ -108,7 +108,7 @@ class RunConfig:
 
     def check_lag(self) -> None:
         """Refuses asynchronous collection where a method or backend has none."""
-        if isinstance(self.learner, MamlTrpoConfig):
+        if isinstance(self.learner, MamlTrpoConfig | LpgConfig):
             raise ConfigError(
                 f"max_lag {self.max_lag}: {method_of(self.learner)} needs the data of exactly its "
                 "own parameters; max_lag must be 0"
@@ -146,7 +146,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     """
     values = dict(values)
     learner = dict(values.pop("learner"))
-    learner["hidden"] = tuple(learner["hidden"])
+    learner = {n: tuple(v) if isinstance(v, list) else v for n, v in learner.items()}
     method = learner.pop("method", "maml-trpo")
     if method not in METHODS:
         raise ConfigError(f"this configuration has the unknown method {method!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from learners.config import LearnerConfig
 from learners.core.contract import Agents, Describes, State, check_finite
 from learners.core.errors import ConfigError, NonFiniteError
 from learners.core.params import flatten_members
-from learners.core.trajectory import ENV_AXIS, Metrics, Spec, Trajectory, sum_in_order
+from learners.core.population import Population
+from learners.core.trajectory import ENV_AXIS, Metrics, Params, Spec, Trajectory, sum_in_order
 from learners.registry import make_learner
 from system.parameter_server import Blocks
 
@@ -128,22 +129,27 @@ class LearnerHost:
         self.num_threads = num_threads
         self.version = 0
         self.state = self.on_device(self.learner.init(seeds))
-        self.first: Agents | None = None
-        self.agents: Agents | None = None
+        self.trace: list[Agents] = []
         self.batches: list[Trajectory] = []
         self.last_query: Trajectory | None = None
+        self.num_members = 0
         self.member_ranges: list[tuple[int, int]] = []
         self.publish: Publish = lambda version, blocks: None
         self.store: Callable[[np.ndarray], Any] = lambda array: array
 
     # --- The window ---
 
-    def begin(self, num_members: int, member_ranges: Sequence[tuple[int, int]]) -> Any:
+    def begin(
+        self,
+        num_members: int,
+        member_ranges: Sequence[tuple[int, int]],
+        evaluating: bool = False,
+    ) -> Any:
         """Starts a window; returns which members start anew, and the version that acts first."""
         torch.set_num_threads(self.num_threads)
-        renew, agents = self.learner.begin(self.state, num_members)
-        self.first, self.batches = agents, []
-        self.member_ranges = list(member_ranges)
+        renew, agents = self.learner.begin(self.state, num_members, evaluating=evaluating)
+        self.trace, self.batches = [], []
+        self.num_members, self.member_ranges = num_members, list(member_ranges)
         return renew, self.act(agents)
 
     @timed
@@ -159,29 +165,30 @@ class LearnerHost:
     def inner_update(self, evaluating: bool, *chunks: Chunk) -> Outcome:
         """One inner update of all members on the chunks of one phase."""
         torch.set_num_threads(self.num_threads)
-        assert self.agents is not None
         batch = join(chunks)
         try:
             check_finite(batch)
             batch = batch.to(self.device)
             agents = self.learner.inner_update(
-                self.state, self.agents, batch, evaluating=evaluating
+                self.state, self.trace[-1], batch, evaluating=evaluating
             )
         except NonFiniteError as error:
             return Outcome(failure=failure(error, batch))
-        self.batches.append(batch)
+        if evaluating:
+            self.trace = []
+        else:
+            self.batches.append(batch)
         return Outcome(version=self.act(agents))
 
     @timed
     def meta_update(self, *chunks: Chunk) -> Outcome:
         """One outer update on the window's batches and the query chunks."""
         torch.set_num_threads(self.num_threads)
-        assert self.first is not None
         batch = join(chunks)
         try:
             check_finite(batch)
             batches = [*self.batches, batch.to(self.device)]
-            state, metrics = self.learner.meta_update(self.state, self.first, batches, sum_in_order)
+            state, metrics = self.learner.meta_update(self.state, self.trace, batches, sum_in_order)
         except NonFiniteError as error:
             return Outcome(failure=failure(error, batch))
         self.state, self.batches = state, []
@@ -199,15 +206,25 @@ class LearnerHost:
 
     def act(self, agents: Agents) -> int:
         """Publishes the members' parameters as flat arrays, one per range of members."""
-        self.agents = agents
+        self.trace.append(agents)
         self.version += 1
-        flat = flatten_members(agents.params).detach().cpu().numpy()
         blocks = {
-            bounds: [self.store(np.ascontiguousarray(flat[slice(*bounds)]))]
-            for bounds in self.member_ranges
+            bounds: [self.store(np.ascontiguousarray(flat))]
+            for bounds, flat in self.flat(agents.params)
         }
         self.publish(self.version, blocks)
         return self.version
+
+    def flat(self, params: Params) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        """Each range of members with its parameters, [m, P]."""
+        policy = self.learner.policy
+        if isinstance(policy, Population):
+            for bounds in self.member_ranges:
+                own = policy.block(self.num_members, bounds).of(params)
+                yield bounds, flatten_members(own).detach().cpu().numpy()
+            return
+        whole = flatten_members(params).detach().cpu().numpy()
+        yield from ((bounds, whole[slice(*bounds)]) for bounds in self.member_ranges)
 
     def plan(self) -> Plan:
         """What the loop must know of the learner."""

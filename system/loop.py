@@ -13,6 +13,7 @@ episodes, or pieces of a stream that goes on from one iteration to the next.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -104,9 +105,19 @@ class Loop:
         self.ahead: Ahead | None = None
 
     @property
+    def streams(self) -> bool:
+        """Whether chunks are pieces of streams."""
+        return self.plan.num_stream_steps is not None
+
+    @property
+    def replicas(self) -> bool:
+        """Whether members are independent runs, each of which adapts online."""
+        return self.streams and self.plan.num_inner_updates == 0
+
+    @property
     def num_replicas(self) -> int:
-        """Independent runs in one: M where members work on streams, else 1."""
-        return 1 if self.plan.num_stream_steps is None else self.config.num_members
+        """Independent runs in one."""
+        return self.config.num_members if self.replicas else 1
 
     def iterate(self, counters: Counters) -> tuple[Counters, Metrics, SkippedUpdate | None]:
         """One meta-iteration: the new counters, its metrics, and a failure if there was one."""
@@ -143,7 +154,14 @@ class Loop:
         learner_seconds = 0.0
         for k in range(num_inner_updates + 1):
             place = (Stream.TRAIN, iteration, k)
-            handles, phase = self.collect(slots, self.members, version, place)
+            handles, phase, self.carries = self.collect(
+                slots,
+                self.members,
+                version,
+                place,
+                carries=self.carries if self.streams else None,
+                renew=renew if k == 0 else (),
+            )
             phases.append(phase)
             if k < num_inner_updates:
                 outcome = backend.learner("inner_update", False, *handles)
@@ -182,37 +200,43 @@ class Loop:
         Replicas act on episodes of their own: `num_tasks` is then the number of episodes in all.
 
         Returns:
-            The tasks, and the mean raw return of each after 0 … K+2 inner updates, [M, K+3].
+            The tasks, and the mean raw return of each after 0 … K+2 inner updates, [M, K+3];
+            of lifetimes that in each tenth, [M, 10], NaN where no episode ended in it.
         """
         num_envs, num_members = self.config.num_envs, self.config.num_members
-        if self.plan.num_stream_steps is None:
+        if not self.replicas:
             tasks = evaluation_tasks(self.family, self.config.seed, num_tasks)
         else:
             num_envs = -(-num_tasks // num_members)
-            tasks = evaluation_tasks(self.family, self.config.seed, num_members)[:num_members]
+            known = evaluation_tasks(self.family, self.config.seed, num_members)[:num_members]
+            tasks = self.members or known
         slots = self.slots(len(tasks), num_envs)
-        _, version = self.backend.learner("begin", len(tasks), member_ranges(slots))
-        curve = []
+        _, version = self.backend.learner("begin", len(tasks), member_ranges(slots), True)
+        curve: list[np.ndarray] = []
         num_updates = self.plan.num_evaluation_updates
+        carries: dict[int, Any] | None = {} if self.streams and not self.replicas else None
         for k in range(num_updates + 1):
             place = (Stream.EVALUATION, 0, k)
-            handles, phase = self.collect(
-                slots, tasks, version, place, stream=False, keep_data=k < num_updates
+            handles, phase, stopped = self.collect(
+                slots, tasks, version, place, carries=carries, keep_data=k < num_updates
             )
+            if carries is not None:
+                carries = stopped
             curve.append(phase.member_return)
             if k < num_updates:
                 outcome = self.backend.learner("inner_update", True, *handles)
                 if outcome.failure is not None:
                     raise FailedEvaluation(outcome.failure.tensor, k, tasks, outcome.failure.member)
                 version = outcome.version
-            elif not np.isfinite(phase.member_return).all():
+            elif carries is None and not np.isfinite(phase.member_return).all():
                 member = int(np.flatnonzero(~np.isfinite(phase.member_return))[0])
                 raise FailedEvaluation("episode_return", k, tasks, member)
         if self.ahead is not None:
             # The evaluation published parameters for its own slots: those that train come again.
             ranges = member_ranges(self.slots(self.config.num_members, self.config.num_envs))
             self.ahead.newest = self.backend.learner("begin", self.config.num_members, ranges)[1]
-        return tasks, np.stack(curve, 1)
+        whole = np.stack(curve, 1)
+        return tasks, whole if carries is None else by_tenth(whole)
 
     # --- What a checkpoint holds beside the learner ---
 
@@ -221,7 +245,7 @@ class Loop:
 
         Streams whose environments cannot be saved begin new episodes, here and after a restart.
         """
-        if self.plan.num_stream_steps is None:
+        if not self.streams:
             return {}
         recent = {str(m): np.array(values) for m, values in enumerate(self.recent) if values}
         slots = list(self.carries)
@@ -229,6 +253,9 @@ class Loop:
         if any(not carry.env for carry in carries):
             self.carries, slots, carries = {}, [], []
         out = {"recent": recent} if recent else {}
+        if self.members:
+            text = json.dumps([dict(task) for task in self.members])
+            out["members"] = {"json": np.frombuffer(text.encode(), np.uint8).copy()}
         for slot, carry in zip(slots, carries, strict=True):
             out[f"carry{slot}"] = carry_to_arrays(carry)
         return out
@@ -237,6 +264,8 @@ class Loop:
         """Takes a snapshot over."""
         for member, values in saved.get("recent", {}).items():
             self.recent[int(member)].extend(values.tolist())
+        if "members" in saved:
+            self.members = json.loads(saved["members"]["json"].tobytes())
         self.carries = {
             int(name.removeprefix("carry")): carry_from_arrays(arrays)
             for name, arrays in saved.items()
@@ -248,7 +277,8 @@ class Loop:
     def slots(self, num_members: int, num_envs: int) -> list[Slot]:
         """The slots of M members in E environments each."""
         c = self.config
-        return make_slots(num_members, num_envs, c.members_per_slot, c.envs_per_slot)
+        num_worlds = max(1, len(self.family.spec.worlds))
+        return make_slots(num_members, num_envs, c.members_per_slot, c.envs_per_slot, num_worlds)
 
     def resample(self, renew: Sequence[bool], iteration: int) -> None:
         """Draws new tasks for the members that start anew, or have none."""
@@ -270,11 +300,13 @@ class Loop:
         place: tuple[Stream, int, int],
         *,
         stream: bool = True,
+        renew: Sequence[bool] = (),
         keep_data: bool = True,
     ) -> Request:
-        """What is asked of a slot; `stream` holds where the learner works on streams."""
+        """What is asked of a slot: the next piece of its stream, or whole episodes."""
         where, iteration, k = place
         num_steps = self.plan.num_stream_steps if stream else None
+        own = range(*slot.members) if any(renew) else ()
         return Request(
             slot=slot,
             tasks=tuple(tasks[slice(*slot.members)]),
@@ -284,6 +316,7 @@ class Loop:
             stream=num_steps is not None,
             keep_data=keep_data,
             stagger=self.config.stagger and num_steps is not None,
+            renew=tuple(m - slot.members[0] for m in own if renew[m]),
         )
 
     def collect(
@@ -293,24 +326,39 @@ class Loop:
         version: int,
         place: tuple[Stream, int, int],
         *,
-        stream: bool = True,
+        carries: Mapping[int, Any] | None,
+        renew: Sequence[bool] = (),
         keep_data: bool = True,
-    ) -> tuple[list[Any], Phase]:
-        """One chunk of every slot: the next of its stream, or whole episodes."""
+    ) -> tuple[list[Any], Phase, dict[int, Any]]:
+        """One chunk of every slot.
+
+        Args:
+            slots: what is collected.
+            tasks: of all members.
+            version: of the parameters that act.
+            place: what the seeds are made of.
+            carries: where the slots' streams stand, by slot; None for whole episodes.
+            renew: which members' streams begin anew.
+            keep_data: whether the chunks are wanted, and not their receipts alone.
+
+        Returns:
+            The chunks' handles, what the receipts say, and where the streams stand now.
+        """
         begun = time.perf_counter()
+        stream = carries is not None
         requests = [
-            self.request(slot, tasks, version, place, stream=stream, keep_data=keep_data)
+            self.request(
+                slot, tasks, version, place, stream=stream, renew=renew, keep_data=keep_data
+            )
             for slot in slots
         ]
-        streaming = stream and self.plan.num_stream_steps is not None
-        carries = [self.carries.get(slot.id) if streaming else None for slot in slots]
-        arrivals = self.backend.collect(requests, carries)
-        if streaming:
-            self.carries = {a.receipt.slot_id: a.carry for a in arrivals}
+        known = carries or {}
+        arrivals = self.backend.collect(requests, [known.get(slot.id) for slot in slots])
         seconds = time.perf_counter() - begun
         receipts = [arrival.receipt for arrival in arrivals]
         phase = summarise(slots, receipts, len(tasks), seconds)
-        return [arrival.chunk for arrival in arrivals], phase
+        stopped = {a.receipt.slot_id: a.carry for a in arrivals} if stream else {}
+        return [arrival.chunk for arrival in arrivals], phase, stopped
 
     def metrics(self, phases: Sequence[Phase], seconds: float, learner_seconds: float) -> Metrics:
         """Returns before and after adaptation, speed, idle time."""
@@ -319,14 +367,14 @@ class Loop:
         num_actors = (
             1 if self.config.runtime.backend == "serial" else self.config.runtime.num_actors
         )
-        if self.plan.num_stream_steps is None:
+        if not self.streams:
             found = [mean_of_finite(phase.member_return) for phase in phases]
             shown = {f"adapt/ep_rew_mean_{k}": mean for k, mean in enumerate(found)} | {
                 "adapt/gain": found[-1] - found[0],
                 "rollout/ep_rew_mean": found[-1],
             }
         else:
-            shown = self.replica_metrics(phases[-1])
+            shown = self.stream_metrics(phases)
         return shown | {
             "rollout/ep_len_mean": mean_of_finite(means(phases[-1].lengths)),
             "perf/env_steps_per_s": env_steps / seconds,
@@ -340,12 +388,15 @@ class Loop:
             "time/iteration": seconds,
         }
 
-    def replica_metrics(self, phase: Phase) -> Metrics:
-        """Mean of each replica's last 100 episodes, and the interval over replicas."""
-        for recent, returns in zip(self.recent, phase.returns, strict=True):
-            recent.extend(returns)
+    def stream_metrics(self, phases: Sequence[Phase]) -> Metrics:
+        """Mean of each member's last 100 episodes, and the interval over replicas."""
+        for phase in phases:
+            for recent, returns in zip(self.recent, phase.returns, strict=True):
+                recent.extend(returns)
         mean = means(self.recent)
         shown = {"rollout/ep_rew_mean": mean_of_finite(mean)}
+        if not self.replicas:
+            return shown
         finite = mean[np.isfinite(mean)]
         if len(mean) > 1 and finite.size > 1:
             _, (low, high) = mean_ci(finite)
@@ -366,6 +417,12 @@ def carry_from_arrays(arrays: Mapping[str, np.ndarray]) -> Carry:
     env = {n.removeprefix("env."): a for n, a in arrays.items() if n.startswith("env.")}
     own: dict[str, Any] = {n: a for n, a in arrays.items() if not n.startswith("env.")}
     return Carry(env=env, **own)
+
+
+def by_tenth(curve: np.ndarray) -> np.ndarray:
+    """Mean over each tenth of the updates, [M, updates] → [M, 10]; NaN where there is none."""
+    parts = np.array_split(curve, 10, 1)
+    return np.array([[mean_of_finite(row) for row in part] for part in parts]).T
 
 
 def member_ranges(slots: Sequence[Slot]) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from learners.config import (
     TdLambdaConfig,
 )
 from system.config import RunConfig, RuntimeConfig, TaskOption
+from system.lpg_presets import LPG_PRESETS
 
 MAML = MamlTrpoConfig(inner_loss="likelihood_ratio", gae_lambda=0.9, max_kl=0.02)
 """Common to all presets.
@@ -465,4 +466,5 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     **catch_presets(),
     **walk_presets(),
     "frodo/atari-breakout": frodo_breakout,
+    **LPG_PRESETS,
 }

@@ -30,6 +30,7 @@ from actors.family import TaskFamily
 from actors.rollout import Carry, Chunk, Receipt, Request, RolloutWorker
 from learners.core.errors import ConfigError
 from learners.core.policy import Policy
+from learners.core.population import Population
 from system.backend import AGENTS, Arrival, RolloutError, describe
 from system.config import RunConfig, RuntimeConfig
 from system.learner_host import LearnerHost
@@ -57,7 +58,9 @@ class LearnerDied(RuntimeError):
 class RolloutActor:
     """A worker in a process of its own."""
 
-    def __init__(self, family: TaskFamily, policy: Policy, server: str, timeout_s: float) -> None:
+    def __init__(
+        self, family: TaskFamily, policy: Policy | Population, server: str, timeout_s: float
+    ) -> None:
         self.worker = RolloutWorker(family, policy)
         # By name: a handle among the arguments could be lost before this actor restarts.
         self.server = ray.get_actor(server)
@@ -124,7 +127,7 @@ class LearnerActor:
         """Calls the host."""
         return getattr(self.host, method)(*args)
 
-    def info(self) -> tuple[int, Policy, str]:
+    def info(self) -> tuple[int, Policy | Population, str]:
         """Process id, what acts, and the device."""
         return os.getpid(), self.host.learner.policy, str(self.host.device)
 

@@ -245,7 +245,7 @@ def stop(folder: Path, counters: Counters, skipped: SkippedUpdate) -> NoReturn:
 def evaluate_now(config: RunConfig, loop: Loop) -> dict[str, Any]:
     """Adapts to evaluation tasks with what is learned so far."""
     tasks, curve = loop.evaluate(config.eval_tasks)
-    replicas = loop.plan.num_stream_steps is not None
+    replicas = loop.replicas
     held_out = loop.family.finite_tasks is None
     return evaluation.summarise(config.preset, tasks, curve, held_out, replicas)
 

@@ -37,6 +37,7 @@ FAMILIES: dict[str, str] = {
     "catch": "actors.tasks.catch:Catch",
     "random-walk-flip": "actors.tasks.random_walk:RandomWalkFlip",
     "random-walk-off-policy": "actors.tasks.random_walk:RandomWalkOffPolicy",
+    "worlds": "actors.tasks.worlds:Worlds",
 }
 """Name → "module:Class". Beside these, `atari-<game>`, `gym:<id>` and a user's `module:Class`."""
 

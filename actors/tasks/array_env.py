@@ -17,16 +17,29 @@ from actors.tasks.checks import mask_at_reset, matching_shape, tasks_at_reset
 from learners.core.trajectory import Spec
 
 
+def unbounded_box(size: int, dtype: torch.dtype) -> Box:
+    """The space of vectors of any float32, or of any int64."""
+    if dtype == torch.int64:
+        bounds = np.iinfo(np.int64)
+        return Box(bounds.min, bounds.max, (size,), np.int64)
+    return Box(-np.inf, np.inf, (size,), np.float32)
+
+
 class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
     """`num_envs` environments of one toy family, advanced together on `device`.
 
     All tensors lie on `device`, and so does the generator that every random draw comes from.
-    An environment that has ended stays `terminated`, with reward 0, until the next reset. A
-    subclass keeps its state in tensors of fixed shapes [num_envs, ...], names them in `arrays`,
-    and defines `set_tasks`, `start` and `advance`.
+    An environment that has ended stays so, `terminated` or `truncated`, with reward 0, until the
+    next reset. A subclass keeps its state in tensors of fixed shapes [num_envs, ...], names them
+    in `arrays`, and defines `set_tasks`, `start` and `advance`.
+
+    Attributes:
+        horizon_truncates: whether the horizon is a time limit, which sets `truncated`; otherwise
+            it is part of the task and sets `terminated`.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own field)
+    horizon_truncates = False
 
     def __init__(
         self,
@@ -34,11 +47,12 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
         spec: Spec,
         action_space: Space[Any],
         device: torch.device | str = "cpu",
+        obs_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.num_envs = num_envs
         self.horizon = spec.horizon
         self.device = torch.device(device)
-        self.single_observation_space = Box(-np.inf, np.inf, (spec.obs_size,), np.float32)
+        self.single_observation_space = unbounded_box(spec.obs_size, obs_dtype)
         self.single_action_space = action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
@@ -47,8 +61,10 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self._action_dtype = torch.int64 if isinstance(action_space, Discrete) else torch.float32
         self._action_shape = (num_envs, *action_space.shape)  # type: ignore[misc]
         self._steps = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
+        self._limit: int | Tensor = spec.horizon
         self._ended = torch.ones(num_envs, dtype=torch.bool, device=self.device)
-        self._obs = torch.zeros(num_envs, spec.obs_size, device=self.device)
+        self._truncated = torch.zeros_like(self._ended)
+        self._obs = torch.zeros(num_envs, spec.obs_size, dtype=obs_dtype, device=self.device)
         self._has_tasks = False
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
@@ -67,6 +83,10 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
         """The tensors, by name, that hold tasks and state."""
         raise NotImplementedError
 
+    def episode_arrays(self) -> dict[str, Tensor]:
+        """Those of the arrays that `start` may write; the others hold tasks."""
+        return self.arrays()
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -75,37 +95,40 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
         Args:
             seed: of every draw from now on; without it the random stream goes on.
             options: {"tasks": [task, ...]}, one per environment; without it the tasks stay.
-                {"reset_mask": mask}, [num_envs] bool, starts these environments alone.
+                {"reset_mask": mask}, [num_envs] bool, starts these environments alone. With both,
+                these alone take their tasks too; the tasks given for the others are not used.
 
         Returns:
-            Observation [num_envs, O] float32, and an empty dict.
+            Observation [num_envs, O], and an empty dict.
 
         Raises:
             ValueError: there are no tasks yet, or tasks or mask do not fit.
         """
-        mask = mask_at_reset(options, self.num_envs)
+        mask = mask_at_reset(options, self.num_envs, with_tasks=True)
+        tasks = tasks_at_reset(options, self.num_envs)
+        if not self._has_tasks and (tasks is None or mask is not None):
+            raise ValueError('the first reset needs options={"tasks": [...]} and no reset_mask')
         if seed is not None:
             self.generator.manual_seed(seed)
-        tasks = tasks_at_reset(options, self.num_envs)
-        if tasks is not None:
-            self.set_tasks(tasks)
-            self._has_tasks = True
-        elif not self._has_tasks:
-            raise ValueError('the first reset needs options={"tasks": [...]}')
         if mask is None:
             mask = np.ones(self.num_envs, bool)
         others = torch.from_numpy(~mask).to(self.device)
-        kept = {name: tensor[others] for name, tensor in self.arrays().items()}
+        written = self.episode_arrays() if tasks is None else self.arrays()
+        kept = {name: tensor[others] for name, tensor in written.items()}
+        if tasks is not None:
+            self.set_tasks(tasks)
+            self._has_tasks = True
         obs = torch.where(others[:, None], self._obs, self.start())
-        for name, tensor in self.arrays().items():
+        for name, tensor in written.items():
             tensor[others] = kept[name]
         self._steps *= others
         self._ended &= others
+        self._truncated &= others
         self._obs.copy_(obs)
         return obs, {}
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
-        """One step: observation, reward, terminated, truncated (always False), empty dict.
+        """One step: observation, reward, terminated, truncated, empty dict.
 
         Args:
             actions: [num_envs, A] float32, or [num_envs] int64 where they are discrete.
@@ -119,13 +142,18 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
         self._obs.copy_(obs)
         reward = reward.masked_fill(self._ended, 0.0)
         self._steps += ~self._ended
-        self._ended |= self._steps >= self.horizon
         if early_end is not None:
             self._ended |= early_end
-        return obs, reward, self._ended.clone(), torch.zeros_like(self._ended), {}
+        at_limit = self._steps >= self._limit
+        if self.horizon_truncates:
+            self._truncated |= at_limit & ~self._ended
+        self._ended |= at_limit
+        return obs, reward, self._ended & ~self._truncated, self._truncated.clone(), {}
 
     def _saved(self) -> dict[str, Tensor]:
         own = {"steps": self._steps, "ended": self._ended, "obs": self._obs}
+        if self.horizon_truncates:
+            own["truncated"] = self._truncated
         return {**own, **self.arrays()}
 
     def state(self) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,15 +57,22 @@ def tasks_at_reset(options: Mapping[str, Any] | None, num_envs: int) -> list[Tas
     return tasks
 
 
-def mask_at_reset(options: Mapping[str, Any] | None, num_envs: int) -> NDArray[np.bool_] | None:
+def mask_at_reset(
+    options: Mapping[str, Any] | None, num_envs: int, with_tasks: bool = False
+) -> NDArray[np.bool_] | None:
     """The `reset_mask` in a reset's options, [num_envs] bool; None where there is none.
 
+    Args:
+        options: of the reset.
+        num_envs: number of environments.
+        with_tasks: whether a partial reset may change tasks.
+
     Raises:
-        ValueError: it has another shape or type, or comes with tasks, which a partial reset keeps.
+        ValueError: it has another shape or type, or comes with tasks where they cannot change.
     """
     if options is None or "reset_mask" not in options:
         return None
-    if "tasks" in options:
+    if "tasks" in options and not with_tasks:
         raise ValueError("reset takes reset_mask or tasks, not both: a partial reset keeps tasks")
     mask = np.asarray(options["reset_mask"])
     if mask.shape != (num_envs,) or mask.dtype != np.bool_:
@@ -92,6 +99,19 @@ def task_array(tasks: Sequence[Task], name: str, size: int) -> np.ndarray:
             )
         rows[index] = value
     return rows
+
+
+def task_whole(tasks: Sequence[Task], name: str, allowed: Container[int]) -> NDArray[np.int64]:
+    """Entry `name` of every task, a whole number among the `allowed` ones, [len(tasks)] int64.
+
+    Raises:
+        ValueError: a task lacks the entry, or it is another number.
+    """
+    values = task_array(tasks, name, 1)[:, 0]
+    for index, value in enumerate(values.tolist()):
+        if not value.is_integer() or int(value) not in allowed:
+            raise ValueError(f"task {index}: {name!r} must be in {allowed}, not {value!r}")
+    return values.astype(np.int64)
 
 
 def matching_shape(state: Mapping[str, np.ndarray], name: str, shape: Sequence[int]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,12 @@ def block_bounds(num_members: int, members_per_block: int) -> list[tuple[int, in
     """(first, one past the last) member of each block."""
     starts = range(0, num_members, members_per_block)
     return [(start, min(start + members_per_block, num_members)) for start in starts]
+
+
+def group_bounds(num_members: int, num_groups: int) -> list[tuple[int, int]]:
+    """(first, one past the last) member of each group: member m belongs to ⌊m · groups / M⌋."""
+    firsts = [-(-g * num_members // num_groups) for g in range(num_groups + 1)]
+    return list(pairwise(firsts))
 
 
 def map_blocks(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learners.core.errors import NonFiniteError
 from learners.core.policy import Policy
+from learners.core.population import Population
 from learners.core.trajectory import Metrics, Params, Reduce, Trajectory
 
 State = dict[str, Params]
@@ -35,7 +36,7 @@ class Learner(Protocol):
     """One method. Its functions take and return values and keep nothing."""
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> Policy | Population:
         """What acts on the members' parameters."""
         ...
 
@@ -53,8 +54,9 @@ class Learner(Protocol):
     def num_stream_steps(self) -> int | None:
         """T of one chunk of a stream; None where every chunk is whole episodes.
 
-        The members of a learner that works on streams are replicas of one run: each has its own
-        parameters throughout, and adapts online.
+        Without inner updates the members are then replicas of one run: each has its own
+        parameters throughout, and adapts online. With them they are lifetimes, which go on from
+        window to window.
         """
         ...
 
@@ -62,7 +64,9 @@ class Learner(Protocol):
         """The state before training, with one seed for each member."""
         ...
 
-    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
+    def begin(
+        self, state: State, num_members: int, *, evaluating: bool = False
+    ) -> tuple[list[bool], Agents]:
         """Which of the M members start anew, and who acts first."""
         ...
 
@@ -73,13 +77,13 @@ class Learner(Protocol):
         ...
 
     def meta_update(
-        self, state: State, agents: Agents, batches: Sequence[Trajectory], reduce: Reduce
+        self, state: State, trace: Sequence[Agents], batches: Sequence[Trajectory], reduce: Reduce
     ) -> tuple[State, Metrics]:
         """The state after one outer update.
 
         Args:
             state: the state that the window began with.
-            agents: the window's first agents.
+            trace: who acted in each batch, the window's first agents first.
             batches: K support batches and the query batch.
             reduce: adds partial sums over blocks of members and over learners.
         """

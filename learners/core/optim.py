@@ -2,7 +2,8 @@
 
 Nothing is changed in place, so that updates can be differentiated: gradient flows from the new
 parameters and slots to `params`, `grads` and the slots before, through every step of the rule.
-Entries are stacked on M, and every member counts its own updates.
+Entries are stacked on M, and every member counts its own updates. A step size is one number, or a
+tensor [M] with each member's own.
 
 Where a gradient is exactly zero the derivative of a root would be infinite. RMSProp therefore has
 its ε inside the root (as TensorFlow, and not as torch), and Adam takes its second moment as a
@@ -19,6 +20,11 @@ from torch import Tensor
 from learners.core.trajectory import Params
 
 
+def own(lr: float | Tensor, p: Tensor) -> float | Tensor:
+    """The step size in a shape that multiplies an entry [M, …]."""
+    return lr.view(-1, *[1] * (p.ndim - 1)) if isinstance(lr, Tensor) else lr
+
+
 @dataclass(frozen=True)
 class Sgd:
     """θ ← θ − lr · g."""
@@ -31,7 +37,7 @@ class Sgd:
         self, params: Params, grads: Params, slots: Params, lr: float | Tensor
     ) -> tuple[Params, Params]:
         """One step; gradient flows to `params` and `grads`."""
-        return {name: p - lr * grads[name] for name, p in params.items()}, slots
+        return {name: p - own(lr, p) * grads[name] for name, p in params.items()}, slots
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class RMSProp:
         for name, p in params.items():
             grad = grads[name]
             square = torch.lerp(grad.square(), slots[f"ms.{name}"], self.decay)
-            new[name] = p - lr * grad / (square + self.eps).sqrt()
+            new[name] = p - own(lr, p) * grad / (square + self.eps).sqrt()
             kept[f"ms.{name}"] = square
         return new, kept
 
@@ -101,7 +107,7 @@ class Adam:
             square = (grad.detach() if self.stop_second_moment else grad).square()
             m = torch.lerp(grad, slots[f"m.{name}"], self.beta1)
             v = torch.lerp(square, slots[f"v.{name}"], self.beta2)
-            new[name] = p - lr * m / self.divisor(v, t)
+            new[name] = p - own(lr, p) * m / self.divisor(v, t)
             kept[f"m.{name}"], kept[f"v.{name}"] = m, v
         return new, kept
 

@@ -221,6 +221,10 @@ class Policy:
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Noise for `sample`, [*shape, A]: normal, or Gumbel for discrete actions."""
         if self.spec.discrete:
-            exponential = torch.empty(*shape, self.spec.action_size)
-            return -torch.log(exponential.exponential_(generator=generator))
+            return gumbel((*shape, self.spec.action_size), generator)
         return torch.randn(*shape, self.spec.action_size, generator=generator)
+
+
+def gumbel(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Gumbel noise: what turns the choice of the largest logit into a draw of a softmax."""
+    return -torch.log(torch.empty(*shape).exponential_(generator=generator))

@@ -51,7 +51,9 @@ class Replicas:
         """T."""
         return self.config.num_steps
 
-    def begin(self, state: State, num_members: int) -> tuple[list[bool], Agents]:
+    def begin(
+        self, state: State, num_members: int, *, evaluating: bool = False
+    ) -> tuple[list[bool], Agents]:
         """All replicas go on."""
         acting = part(state["params"], POLICY) | self.statistics(state)
         return [False] * num_members, Agents(acting, {}, 0)

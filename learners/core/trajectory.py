@@ -35,6 +35,28 @@ def sum_in_order(partials: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class World:
+    """One kind of environment among several that lifetimes are spent in.
+
+    An observation is a few indices into S binary features: those that are 1.
+
+    Attributes:
+        name: of the kind.
+        num_indices: F, the largest number of indices of an observation; 0 where an observation is
+            the values of the features themselves.
+        num_features: S.
+        tabular: whether the one index is the state itself.
+        image: (planes, height, width) where feature (p·height + row)·width + column is a pixel.
+    """
+
+    name: str
+    num_indices: int
+    num_features: int
+    tabular: bool
+    image: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Spec:
     """What a policy must know of its environments.
 
@@ -48,6 +70,10 @@ class Spec:
         velocity: index of the forward velocity in an observation, where there is one.
         target_policy: probability of each action under the policy whose value is asked for, at
             every observation; None where a policy is to be found.
+        worlds: kinds of environment, where lifetimes differ in kind. Members 0 … M−1 are dealt out
+            over the W kinds in order, member m has kind ⌊m W / M⌋. Observations are then int64
+            [num_actions, index, …, index]: the number of actions that this lifetime has, at most
+            `action_size`, and the indices, −1 where there are fewer than O − 1.
     """
 
     obs_size: int
@@ -58,6 +84,7 @@ class Spec:
     image: tuple[int, int, int] | None = None
     velocity: int | None = None
     target_policy: tuple[float, ...] | None = None
+    worlds: tuple[World, ...] = ()
 
 
 @dataclass(frozen=True)

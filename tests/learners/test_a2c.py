@@ -28,7 +28,7 @@ def make_learner(discrete: bool = False, **settings) -> A2c:
 
 
 def update(learner, state, batch):
-    return learner.meta_update(state, learner.begin(state, 2)[1], [batch])
+    return learner.meta_update(state, [learner.begin(state, 2)[1]], [batch])
 
 
 def member(params, m: int):

@@ -278,7 +278,7 @@ def test_replicas_are_independent():
         for k in range(4):
             whole = live(learner, state, k + 1)[k]
             batch = make_stream(learner, whole, seed=k).members(m, m + 1)
-            own, _ = learner.meta_update(own, learner.begin(own, 1)[1], [batch])
+            own, _ = learner.meta_update(own, [learner.begin(own, 1)[1]], [batch])
         for group in ("params", "meta_params", "critic", "optimizer", "meta_optimizer"):
             for name, p in members(together, slice(m, m + 1), 3)[group].items():
                 torch.testing.assert_close(own[group][name], p, rtol=1e-8, atol=1e-11)
@@ -292,7 +292,7 @@ def test_update_is_a_function():
     before = copied(state), batch.map(torch.clone)
     agents = learner.begin(state, 2)[1]
     (first, metrics), (second, again) = (
-        learner.meta_update(state, agents, [batch]) for _ in range(2)
+        learner.meta_update(state, [agents], [batch]) for _ in range(2)
     )
     assert metrics == again
     assert {"meta/loss", "frodo/target_minus_vtrace", "frodo/consistency_loss"} <= set(metrics)

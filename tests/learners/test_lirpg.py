@@ -214,7 +214,7 @@ def test_second_moment_is_stopped_in_the_ppo_form_alone(form):
 
 
 def update(learner, state, batch):
-    return learner.meta_update(state, learner.begin(state, 2)[1], [batch])
+    return learner.meta_update(state, [learner.begin(state, 2)[1]], [batch])
 
 
 @pytest.mark.parametrize("form", ["ppo", "a2c"])

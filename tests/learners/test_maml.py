@@ -138,7 +138,7 @@ def test_meta_update_lowers_the_outer_loss_inside_the_trust_region(discrete, set
     learner = make_learner(discrete, members_per_block=2, max_kl=0.02, **settings)
     state = make_state(learner)
     agents, batches = make_window(learner, state)
-    new, metrics = learner.meta_update(state, agents, batches, sum_in_order)
+    new, metrics = learner.meta_update(state, [agents], batches, sum_in_order)
     blocks = learner.blocks(batches)
     before = reference.objective(learner, state["meta_params"], blocks)
     after = reference.objective(learner, new["meta_params"], blocks)
@@ -174,7 +174,7 @@ def test_inner_metrics_describe_the_adaptation():
     learner = make_learner(num_inner_updates=1, members_per_block=3)
     state = make_state(learner)
     agents, batches = make_window(learner, state)
-    _, metrics = learner.meta_update(state, agents, batches)
+    _, metrics = learner.meta_update(state, [agents], batches)
     blocks = learner.blocks(batches)
     adapted = learner.inner_update(state, agents, batches[0])
     step = flatten_members(adapted.params) - flatten_members(agents.params)
@@ -226,7 +226,7 @@ def test_failed_line_search_leaves_the_state_bitwise(discrete, dtype, settings):
     )
     state = make_state(learner, seed=1, dtype=dtype)
     agents, batches = make_window(learner, state)
-    new, metrics = learner.meta_update(state, agents, batches)
+    new, metrics = learner.meta_update(state, [agents], batches)
     assert metrics["meta/step_accepted"] == 0.0
     assert metrics["meta/line_search_tries"] == settings["line_search_tries"]
     assert metrics["meta/kl"] == 0.0
@@ -247,7 +247,7 @@ def test_window_without_signal_leaves_the_state_bitwise(discrete):
     agents, batches = make_window(learner, state)
     for batch in batches:
         batch.reward.zero_()
-    new, metrics = learner.meta_update(state, agents, batches)
+    new, metrics = learner.meta_update(state, [agents], batches)
     assert bits(new["meta_params"]) == bits(state["meta_params"])
     assert metrics["meta/step_accepted"] == 0.0
     assert metrics["meta/grad_norm"] == 0.0
@@ -261,8 +261,8 @@ def test_every_sum_over_members_goes_through_reduce():
     learner = make_learner(members_per_block=2)
     state = make_state(learner)
     agents, batches = make_window(learner, state)
-    _, plain = learner.meta_update(state, agents, batches)
-    _, doubled = learner.meta_update(state, agents, batches, lambda p: 2.0 * sum_in_order(p))
+    _, plain = learner.meta_update(state, [agents], batches)
+    _, doubled = learner.meta_update(state, [agents], batches, lambda p: 2.0 * sum_in_order(p))
     for name in ("meta/loss_before", "meta/grad_norm"):
         assert doubled[name] == pytest.approx(2.0 * plain[name], rel=1e-12)
 
@@ -274,7 +274,7 @@ def test_outer_gradient_that_is_not_finite_is_named():
     agents, batches = make_window(learner, state)
     batches[-1].log_prob[0, 0, 0] = -1e6
     with pytest.raises(NonFiniteError):
-        learner.meta_update(state, agents, batches)
+        learner.meta_update(state, [agents], batches)
 
 
 # --- CUDA ---
@@ -287,7 +287,7 @@ def test_meta_update_on_cuda_equals_the_cpu(discrete):
     learner = make_learner(discrete, num_inner_updates=2, members_per_block=2, learn_inner_lr=True)
     state = make_state(learner, dtype=torch.float32)
     agents, batches = make_window(learner, state)
-    new, metrics = learner.meta_update(state, agents, batches)
+    new, metrics = learner.meta_update(state, [agents], batches)
     there = {"meta_params": {name: p.cuda() for name, p in state["meta_params"].items()}}
     moved, moved_metrics = learner.meta_update(
         there, learner.begin(there, 3)[1], [batch.to("cuda") for batch in batches]

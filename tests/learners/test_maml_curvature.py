@@ -144,7 +144,7 @@ def test_meta_update_takes_the_dense_natural_gradient_step(case):
     )
     state = make_state(learner)
     agents, batches = make_window(learner, state)
-    new, metrics = learner.meta_update(state, agents, batches)
+    new, metrics = learner.meta_update(state, [agents], batches)
     assert metrics["meta/step_accepted"] == 1.0
 
     meta_params = leaves(state["meta_params"])

@@ -43,7 +43,7 @@ def derivatives(learner, state, batches) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def updated(learner, state, agents, batches) -> torch.Tensor:
-    new, metrics = learner.meta_update(state, agents, batches)
+    new, metrics = learner.meta_update(state, [agents], batches)
     assert metrics["meta/step_accepted"] == 1.0
     return flatten(new["meta_params"])
 
@@ -194,7 +194,7 @@ def test_calls_change_no_input_and_repeat_bitwise(discrete, dtype):
     adapted = [learner.inner_update(state, agents, batches[0]) for _ in range(2)]
     assert same_values(adapted[0].params, adapted[1].params)
     assert not same_values(adapted[0].params, acting)
-    new = [learner.meta_update(state, agents, batches) for _ in range(2)]
+    new = [learner.meta_update(state, [agents], batches) for _ in range(2)]
     assert same_values(new[0][0]["meta_params"], new[1][0]["meta_params"])
     assert new[0][1] == new[1][1]
     assert not same_values(new[0][0]["meta_params"], params)

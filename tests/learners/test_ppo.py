@@ -38,7 +38,7 @@ def make_learner(discrete: bool = False, **settings) -> Ppo:
 
 
 def update(learner, state, batch):
-    return learner.meta_update(state, learner.begin(state, 2)[1], [batch])
+    return learner.meta_update(state, [learner.begin(state, 2)[1]], [batch])
 
 
 def plain_loss(learner, params, data: Minibatch, m: int) -> torch.Tensor:

@@ -77,6 +77,7 @@ def test_every_name_loads():
         "catch",
         "random-walk-flip",
         "random-walk-off-policy",
+        "worlds",
     ]
     for name in task_names():
         assert load_family(name).spec.horizon >= 1

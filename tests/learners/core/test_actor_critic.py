@@ -173,7 +173,7 @@ def chain_probabilities(learner, num_updates: int, num_envs: int = 8):
             dist = learner.policy.distribution(acting, torch.eye(3).expand(3, 3, 3))
             found.append(dist.logits.exp()[..., 1])
         batch = chain_stream(learner, state, num_envs, generator)
-        state, _ = learner.meta_update(state, learner.begin(state, 3)[1], [batch])
+        state, _ = learner.meta_update(state, [learner.begin(state, 3)[1]], [batch])
     return found
 
 

@@ -1,0 +1,112 @@
+"""The network that says how an agent is to be updated: the meta-network of LPG.
+
+It never sees an observation, and of a policy only the probability of the action that was taken, so
+that it serves any agent on any task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learners.config import LpgAgentConfig, LpgConfig
+from learners.core import networks
+from learners.core.actor_critic import part, prefixed
+from learners.core.population import Experience, Target
+from learners.core.recurrent import init_lstm, lstm_backward
+from learners.core.trajectory import Params, Trajectory
+
+EMBEDDING, CELL, POLICY_HEAD, PREDICTION_HEAD = "embedding.", "cell.", "pi_hat.", "y_hat."
+
+NUM_INPUTS = 6
+"""r_t; 1 where an episode ends; γ; π(a_t|s_t); φ(y(s_t)); φ(y(s_{t+1})), 0 where it ends."""
+
+NUM_LIFETIME_INPUTS = 2
+"""n/N and log N: the updates so far n out of the N of a lifetime (Jackson et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """A backward LSTM over experience (Oh et al. 2020, figure 1), with two heads.
+
+    Attributes:
+        width: H, of the LSTM.
+        num_predictions: m, of the categorical prediction y.
+        embedding: width of φ, which makes one number of a prediction.
+        gamma: γ, an input.
+        sees_lifetime: whether n/N and log N are inputs.
+    """
+
+    width: int
+    num_predictions: int
+    embedding: int
+    gamma: float
+    sees_lifetime: bool = False
+
+    @staticmethod
+    def of(config: LpgConfig | LpgAgentConfig) -> UpdateRule:
+        """The rule that a configuration describes."""
+        c = config
+        return UpdateRule(
+            c.rule_width, c.num_predictions, c.embedding_width, c.gamma, c.sees_lifetime
+        )
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Parameters, without any axis of members; both heads begin near zero."""
+        sizes = [self.num_predictions, self.embedding, 1]
+        num_inputs = NUM_INPUTS + (NUM_LIFETIME_INPUTS if self.sees_lifetime else 0)
+        head_sizes = [(POLICY_HEAD, 1), (PREDICTION_HEAD, self.num_predictions)]
+        params = prefixed(networks.init_mlp(sizes, generator, "orthogonal"), EMBEDDING)
+        params |= prefixed(init_lstm(num_inputs, self.width, generator), CELL)
+        for name, size in head_sizes:
+            head = networks.init_mlp([self.width, size], generator, "orthogonal", head_gain=0.01)
+            params |= prefixed(head, name)
+        return params
+
+    def __call__(self, meta_params: Params, seen: Experience) -> tuple[Tensor, Tensor]:
+        """π̂ [T, B] and log ŷ [T, B, m]. Gradient flows to `meta_params`."""
+        shared = {name: p.unsqueeze(0) for name, p in meta_params.items()}
+        inputs = self.inputs(part(shared, EMBEDDING), seen).unsqueeze(0)
+        hidden = lstm_backward(part(shared, CELL), inputs, seen.ended.unsqueeze(0))
+        hidden = torch.relu(hidden).flatten(1, 2)
+        pi_hat = networks.head(part(shared, POLICY_HEAD), hidden)
+        y_hat = networks.head(part(shared, PREDICTION_HEAD), hidden)
+        shape = seen.reward.shape
+        return pi_hat.view(shape), y_hat.view(*shape, -1).log_softmax(-1)
+
+    def targets(
+        self, meta_params: Params, seen: Sequence[Experience], like: Trajectory
+    ) -> list[Target]:
+        """What the rule says of several batches at once, each as [M, T, E]; gradient to η.
+
+        Args:
+            meta_params: η.
+            seen: of each batch, M·E streams.
+            like: a batch, for M, T and E.
+        """
+        num_members, num_steps, num_envs = like.reward.shape
+        pi_hat, log_y_hat = self(meta_params, Experience.cat(seen))
+        shape = (num_steps, len(seen), num_members, num_envs)
+        by_batch = pi_hat.view(shape).permute(1, 2, 0, 3)
+        y_by_batch = log_y_hat.view(*shape, -1).permute(1, 2, 0, 3, 4)
+        return [Target(*pair) for pair in zip(by_batch, y_by_batch, strict=True)]
+
+    def inputs(self, embedding: Params, seen: Experience) -> Tensor:
+        """The LSTM's inputs, [T, B, I]."""
+        both = torch.stack([seen.prediction, seen.next_prediction])
+        embedded = networks.mlp(embedding, both.flatten(0, 2).unsqueeze(0), "relu")
+        now, following = embedded.view(both.shape[:3])
+        columns = [
+            seen.reward,
+            seen.ended,
+            torch.full_like(seen.reward, self.gamma),
+            seen.prob,
+            now,
+            following * (1.0 - seen.ended),
+        ]
+        if self.sees_lifetime:
+            columns += [c.expand_as(seen.reward) for c in seen.lifetime.unbind(-1)]
+        return torch.stack(columns, -1)

@@ -1,0 +1,379 @@
+"""LPG: discovering the update rule (Oh, Hessel, Czarnecki, Xu, van Hasselt, Singh, Silver 2020,
+arXiv 2007.08794).
+
+    π̂_t, ŷ_t = U_η(x_t | x_t+1, …): a backward LSTM over x = [r, d, γ, π(a|s), φ(y(s)), φ(y(s'))]
+
+    for each window, M lifetimes side by side, each in an environment of its own:
+        for k in 0 … K−1:
+            τ_k   = T steps of E environments under θ_k
+            Δ     = mean[ π̂ ∇log π(a|s) ] − α_y ∇mean[ KL(y(s) ‖ ŷ) ]        at θ_k
+            θ_k+1 = θ_k + α step(clip(Δ))                                       slots included
+        τ_K = a fresh rollout under θ_K;  Â = normalised GAE on τ_K around the lifetime's critic
+        L   = −mean[Â log π_θK(a|s)] − β₀ H(π) − β₁ H(y) + β₂ mean π̂² + β₃ mean ‖ŷ‖²
+        η   ← η − β Adam(mean over lifetimes of ∇η L)
+        critics ← towards their λ-returns on τ_0 … τ_K
+
+x is a constant: gradient flows from L through θ_K back to every π̂ and ŷ, and through these to η,
+but not through what the rule saw. θ_0 of a window is a constant as well: windows are K updates of a
+lifetime of N, which goes on with θ_K. H(π) and H(y) are those of θ_k+1 on τ_k, averaged over k.
+
+A lifetime of N updates ends; the member then begins another with a new level of its world, a new
+agent and new step sizes. These are drawn by a bandit over (α, α_y) in each world, with
+p ∝ exp((mean of the last 10 final returns + 0.2/√n) / 0.1). The first lifetimes are of staggered
+lengths, so that all ages are in every window.
+
+Choices made here where the paper leaves them open:
+  - φ of what follows an episode's end is 0, be it terminated or cut by a time limit.
+  - The first agents are nearly uniform in π and y; a fresh critic is 0 (tables) or nearly so.
+  - Agents on tables take plain gradient steps, networks Adam whose second moment is a constant in
+    the graph. Critics on tables move each visited state by `critic_rate` of the way to the mean of
+    its returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learners.config import LpgConfig
+from learners.core.actor_critic import standardise_rows
+from learners.core.blocks import map_blocks
+from learners.core.contract import Agents, State, check_params
+from learners.core.lifetimes import Lifetimes
+from learners.core.optim import Adam, clip_by_norm
+from learners.core.params import detach, flatten, gradients, leaves, unflatten
+from learners.core.population import (
+    Block,
+    CriticRates,
+    Experience,
+    Population,
+    Rates,
+    experience,
+)
+from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+from learners.core.update_rule import UpdateRule
+
+META_OPTIMIZER = Adam(eps=1e-5)
+
+SCALE_MEMORY = 0.99
+"""What is left after a window of the moments that `ema_advantage` divides by."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A block's share of a window."""
+
+    block: Block
+    params: Params  # θ_0
+    slots: Params  # of θ_0
+    rates: Rates
+    seen: list[Experience]  # what the rule sees of τ_0 … τ_K−1
+    batches: list[Trajectory]  # τ_0 … τ_K
+    advantage: Tensor  # [M, T, E] of τ_K, normalised
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a block adds to the sums over all members."""
+
+    gradient: Tensor  # [P]
+    metrics: Tensor  # sums over members, by `METRICS`
+
+
+METRICS = (
+    "meta/loss",
+    "lpg/pi_hat",
+    "lpg/pi_hat_abs",
+    "lpg/policy_entropy",
+    "lpg/y_entropy",
+)
+
+
+@dataclass(frozen=True)
+class Lpg:
+    """The learner; see the head of the module.
+
+    State groups beside those of `Lifetimes`: "meta_params" (η), "meta_optimizer" and, where
+    `ema_advantage` is on, "advantage".
+    """
+
+    config: LpgConfig
+    spec: Spec
+
+    @property
+    def policy(self) -> Population:
+        """What acts."""
+        return Population(self.spec, self.config.hidden, self.config.num_predictions)
+
+    @property
+    def lifetimes(self) -> Lifetimes:
+        """Births and deaths."""
+        c = self.config
+        return Lifetimes(
+            self.policy,
+            c.tabular_lrs,
+            c.network_lrs,
+            c.alpha_ys,
+            c.tabular_updates,
+            c.network_updates,
+        )
+
+    @property
+    def rule(self) -> UpdateRule:
+        """U."""
+        return UpdateRule.of(self.config)
+
+    @property
+    def num_inner_updates(self) -> int:
+        """K."""
+        return self.config.num_inner_updates
+
+    @property
+    def num_evaluation_updates(self) -> int:
+        """A lifetime, bounded."""
+        return self.config.evaluation_updates
+
+    @property
+    def num_stream_steps(self) -> int:
+        """T."""
+        return self.config.num_steps
+
+    # --- The contract ---
+
+    def init(self, seeds: Sequence[int]) -> State:
+        """η from the first seed; lifetimes from each member's own."""
+        meta_params = self.rule.init(torch.Generator().manual_seed(seeds[0]))
+        owners = len(seeds) if self.config.adam_per_lifetime else 1
+        repeated = {n: p.expand(owners, *p.shape) for n, p in meta_params.items()}
+        state = self.lifetimes.init(seeds)
+        state |= {"meta_params": meta_params, "meta_optimizer": META_OPTIMIZER.init(repeated)}
+        if self.config.ema_advantage:
+            zeros = torch.zeros(len(seeds))
+            state["advantage"] = {"mean": zeros, "square": zeros, "weight": zeros}
+        return state
+
+    def begin(
+        self, state: State, num_members: int, *, evaluating: bool = False
+    ) -> tuple[list[bool], Agents]:
+        """Who has a new lifetime, and all agents; when evaluating, new ones for everybody.
+
+        Evaluation takes the step sizes of the highest mean return in each world.
+        """
+        groups, renew = state, state["counters"]["renew"].tolist()
+        if evaluating:
+            counters = {
+                "seed": torch.arange(num_members, device=state["counters"]["seed"].device),
+                "lives": torch.zeros(num_members, dtype=torch.int64),
+            }
+            groups = self.lifetimes.born(counters, state["bandit"], greedy=True)
+            renew = [True] * num_members
+        slots = groups["optimizer"] | groups["lifetimes"]
+        return renew, Agents(groups["params"], slots, 0)
+
+    def inner_update(
+        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+    ) -> Agents:
+        """θ_k+1 of all members, under the rule as it is."""
+        blocks = self.blocks(len(batch.reward))
+
+        def update(block: Block) -> tuple[Params, Params]:
+            data = batch.members(*block.members)
+            params = block.of(agents.params)
+            seen = self.seen(agents, block, params, data)
+            with torch.no_grad():
+                target = self.rule.targets(state["meta_params"], [seen], data)[0]
+            new, slots = block.agent.step(
+                leaves(params),
+                block.of(agents.slots),
+                data,
+                target,
+                self.rates(agents, block),
+                create_graph=False,
+            )
+            return detach(new), detach(slots)
+
+        parts = map_blocks(update, blocks, batch.obs.device)
+        params = self.policy.join(blocks, [part[0] for part in parts])
+        slots = self.policy.join(blocks, [part[1] for part in parts])
+        check_params(params, "params")
+        age = agents.slots["age"] + 1
+        return Agents(params, agents.slots | slots | {"age": age}, agents.num_updates + 1)
+
+    def meta_update(
+        self,
+        state: State,
+        trace: Sequence[Agents],
+        batches: Sequence[Trajectory],
+        reduce: Reduce = sum_in_order,
+    ) -> tuple[State, Metrics]:
+        """One step of η; then critics learn, and lifetimes that are over make way for others."""
+        c = self.config
+        blocks = self.blocks(len(batches[-1].reward))
+        state, windows, critics = self.windows(state, trace, batches, blocks)
+        meta_params = leaves(state["meta_params"])
+        parts = map_blocks(
+            lambda window: self.block_gradient(meta_params, window),
+            windows,
+            batches[-1].obs.device,
+        )
+        num_members = len(batches[-1].reward)
+        metrics = reduce([part.metrics for part in parts]) / num_members
+        shown = dict(zip(METRICS, metrics.tolist(), strict=True))
+        if c.adam_per_lifetime:
+            stacked = torch.stack([part.gradient for part in parts])
+        else:
+            stacked = reduce([part.gradient for part in parts]).unsqueeze(0) / num_members
+        new, slots, norm = self.step(detach(meta_params), stacked, state["meta_optimizer"], reduce)
+        check_params(new, "meta_params")
+        state = state | {"meta_params": new, "meta_optimizer": slots}
+        for group in ("critic", "critic_optimizer"):
+            state[group] = self.policy.join(blocks, [critic[group] for critic in critics])
+        last = trace[-1]
+        own = {n: p for n, p in last.slots.items() if n not in state["lifetimes"]}
+        state |= {"params": last.params, "optimizer": own}
+        lives = state["counters"]["lives"]
+        state = self.lifetimes.lived(state, batches)
+        shown["meta/grad_norm"] = norm
+        shown["lpg/lifetimes_ended"] = float((state["counters"]["lives"] - lives).sum())
+        return state, shown
+
+    # --- The meta-gradient ---
+
+    def block_gradient(self, meta_params: Params, window: Window) -> Outcome:
+        """∇η of the block's sum of losses, and its metrics."""
+        loss, metrics = self.loss(meta_params, window)
+        grads = gradients(loss.sum(), meta_params)
+        return Outcome(flatten(grads), metrics)
+
+    def loss(self, meta_params: Params, window: Window) -> tuple[Tensor, Tensor]:
+        """L of each member [M], with gradient to η, and sums of metrics."""
+        c, agent, query = self.config, window.block.agent, window.batches[-1]
+        support = window.batches[:-1]
+        targets = self.rule.targets(meta_params, window.seen, query)
+        params, slots = leaves(window.params), window.slots
+        entropies, y_entropies = [], []
+        for batch, target in zip(support, targets, strict=True):
+            params, slots = agent.step(
+                params, slots, batch, target, window.rates, create_graph=True
+            )
+            heads = agent.heads(params, batch.obs.flatten(1, 2))
+            entropies.append(heads.policy.entropy().mean(1))
+            y_entropies.append(heads.y_entropy.mean(1))
+        heads = agent.heads(params, query.obs.flatten(1, 2))
+        log_prob = heads.policy.log_prob(query.action.flatten(1, 2)).view_as(query.reward)
+        entropy, y_entropy = torch.stack(entropies).mean(0), torch.stack(y_entropies).mean(0)
+        pi_hat = torch.stack([target.pi_hat for target in targets])
+        y_hat = torch.stack([target.log_y_hat for target in targets]).exp()
+        loss = (
+            -(window.advantage * log_prob).mean((1, 2))
+            - c.policy_entropy_coef * entropy
+            - c.y_entropy_coef * y_entropy
+            + c.pi_hat_coef * pi_hat.square().mean((0, 2, 3))
+            + c.y_hat_coef * y_hat.square().sum(-1).mean((0, 2, 3))
+        )
+        shown = [loss, pi_hat.mean((0, 2, 3)), pi_hat.abs().mean((0, 2, 3)), entropy, y_entropy]
+        metrics = torch.stack([value.detach().sum() for value in shown])
+        return loss, metrics
+
+    def step(
+        self, meta_params: Params, stacked: Tensor, slots: Params, reduce: Reduce
+    ) -> tuple[Params, Params, float]:
+        """η after one step of Adam along the mean gradient, or along the mean of each one's Adam.
+
+        Args:
+            meta_params: η.
+            stacked: gradients [1, P], or of each member [M, P].
+            slots: of Adam, one set for each gradient.
+            reduce: adds over learners.
+        """
+        like = {name: p.unsqueeze(0) for name, p in meta_params.items()}
+        rows = [unflatten(row, meta_params) for row in stacked]
+        grads = {name: torch.stack([row[name] for row in rows]) for name in meta_params}
+        grads, norm = clip_by_norm(grads, self.config.meta_max_grad_norm)
+        start = {name: p.expand(len(stacked), *p.shape[1:]) for name, p in like.items()}
+        moved, slots = META_OPTIMIZER.update(start, grads, slots, self.config.meta_lr)
+        return {name: p.mean(0) for name, p in moved.items()}, slots, float(norm.mean())
+
+    # --- Parts ---
+
+    def blocks(self, num_members: int) -> list[Block]:
+        """Members that are differentiated together."""
+        return self.policy.blocks(num_members, self.config.members_per_block)
+
+    def rates(self, agents: Agents, block: Block) -> Rates:
+        """Step sizes of a block's members."""
+        own = {name: agents.slots[name][slice(*block.members)] for name in ("lr", "alpha_y")}
+        return Rates(own["lr"], own["alpha_y"], self.config.max_grad_norm)
+
+    def seen(self, agents: Agents, block: Block, params: Params, batch: Trajectory) -> Experience:
+        """What the rule sees of a block's batch."""
+        age, length = (agents.slots[name][slice(*block.members)] for name in ("age", "length"))
+        return experience(block.agent, params, batch, age, length)
+
+    def windows(
+        self,
+        state: State,
+        trace: Sequence[Agents],
+        batches: Sequence[Trajectory],
+        blocks: Sequence[Block],
+    ) -> tuple[State, list[Window], list[State]]:
+        """Every block's share of the window, and its critic after learning from all batches."""
+        c = self.config
+        cut = [[batch.members(*block.members) for batch in batches] for block in blocks]
+        critics = [
+            self.learned(block, state, data) for block, data in zip(blocks, cut, strict=True)
+        ]
+        whole = torch.cat(
+            [
+                block.agent.advantages(block.of(state["critic"]), data[-1], c.gamma, c.gae_lambda)[
+                    0
+                ]
+                for block, data in zip(blocks, cut, strict=True)
+            ]
+        )
+        if c.ema_advantage:
+            whole, moments = smoothly_normalised(whole, state["advantage"])
+            state = state | {"advantage": moments}
+        else:
+            whole = standardise_rows(whole.flatten(1)).view_as(whole)
+        windows = [
+            Window(
+                block,
+                block.of(trace[0].params),
+                block.of(trace[0].slots),
+                self.rates(trace[0], block),
+                [
+                    self.seen(agents, block, block.of(agents.params), batch)
+                    for agents, batch in zip(trace[:-1], data[:-1], strict=True)
+                ],
+                data,
+                whole[slice(*block.members)],
+            )
+            for block, data in zip(blocks, cut, strict=True)
+        ]
+        return state, windows, critics
+
+    def learned(self, block: Block, state: State, data: Sequence[Trajectory]) -> State:
+        """A block's critic after one step on each batch."""
+        c = self.config
+        critic, slots = block.of(state["critic"]), block.of(state["critic_optimizer"])
+        lr = CriticRates(c.critic_rate, c.critic_lr)
+        for batch in data:
+            _, returns = block.agent.advantages(critic, batch, c.gamma, c.gae_lambda)
+            critic, slots = block.agent.critic_step(critic, slots, batch, returns, lr)
+        return {"critic": critic, "critic_optimizer": slots}
+
+
+def smoothly_normalised(advantage: Tensor, moments: Params) -> tuple[Tensor, Params]:
+    """Advantages [M, T, E] less their mean over time, divided by their deviation over time."""
+    new = {
+        "mean": torch.lerp(advantage.mean((1, 2)), moments["mean"], SCALE_MEMORY),
+        "square": torch.lerp(advantage.square().mean((1, 2)), moments["square"], SCALE_MEMORY),
+        "weight": torch.lerp(torch.ones_like(moments["weight"]), moments["weight"], SCALE_MEMORY),
+    }
+    mean, square = new["mean"] / new["weight"], new["square"] / new["weight"]
+    deviation = (square - mean.square()).clamp_min(0.0).sqrt() + 1e-8
+    return (advantage - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1), new
