@@ -237,6 +237,9 @@ class Lpg:
         lives = state["counters"]["lives"]
         state = self.lifetimes.lived(state, batches)
         shown["meta/grad_norm"] = norm
+        for block in self.lifetimes.worlds(num_members):
+            recent = state["lifetimes"]["recent"][slice(*block.members)]
+            shown[f"lpg/return_{block.agent.world.name}"] = float(recent.mean())
         shown["lpg/lifetimes_ended"] = float((state["counters"]["lives"] - lives).sum())
         return state, shown
 

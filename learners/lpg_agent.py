@@ -4,6 +4,7 @@
         π̂, ŷ = U_η(τ)                    rule:      the frozen rule, as in `learners.lpg`
              or  Â, y                     a2c:       GAE around the agent's critic; y stays
              or  Σ γ^i r_t+i, y           reinforce: the rewards that follow within the chunk
+             or  0, y                     none: the policy stays as it began
         θ ← θ + α step(clip(mean[π̂ ∇log π] − α_y ∇mean[KL(y ‖ ŷ)] + c ∇H(π)))
         critic ← towards its λ-returns on τ
 
@@ -158,6 +159,8 @@ class LpgAgent:
             return self.rule.targets(state["meta_params"], [seen], batch)[0]
         heads = block.agent.heads(params, batch.obs.flatten(1, 2))
         same = heads.log_y.view(*batch.reward.shape, -1)
+        if self.config.teacher == "none":
+            return Target(torch.zeros_like(advantage), same)
         if self.config.teacher == "a2c":
             return Target(advantage, same)
         return Target(reverse_scan(batch.reward, self.config.gamma * (1.0 - batch.ended)), same)

@@ -23,6 +23,7 @@ metaloop: distributed actor-learner meta-reinforcement learning
 
   metaloop train PRESET [flags]     train, or go on with the run that is in the folder
   metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
+  metaloop export RUN [--out DIR]   the update rule of a run of lpg, for --rule
   metaloop list                     presets, tasks, learners
   metaloop show PRESET [flags]      the resolved configuration
 
@@ -60,6 +61,16 @@ class EvaluateArguments:
     """Where the learner computes; by default as in training."""
 
 
+@dataclass(frozen=True)
+class ExportArguments:
+    """What `export` takes."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    out: Path | None = None
+    """Where to write; by default the folder `rule` in the run's."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -68,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "evaluate": evaluate,
+        "export": export,
         "list": list_all,
         "show": show,
     }
@@ -146,6 +158,18 @@ def evaluate(arguments: list[str]) -> int:
         print(json.dumps(result))
     else:
         evaluation.print_table(result)
+    return 0
+
+
+def export(arguments: list[str]) -> int:
+    """Metaloop export RUN [--out DIR]."""
+    check_flags(arguments, flag_names(ExportArguments), "metaloop export --help")
+    parsed = tyro.cli(ExportArguments, args=arguments, prog="metaloop export")
+    from system import rules
+
+    out = rules.export(parsed.run, parsed.out)
+    print(f"rule  {out}")
+    print(f"next  metaloop train lpg-agent/sampled --rule {out}")
     return 0
 
 

@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from learners.config import METHODS, LearnerConfig, LpgConfig, MamlTrpoConfig, method_of
+from learners.config import (
+    METHODS,
+    LearnerConfig,
+    LpgAgentConfig,
+    LpgConfig,
+    MamlTrpoConfig,
+    method_of,
+)
 from learners.core.errors import ConfigError
 
 TaskOption = float | int | bool | str
@@ -108,7 +115,7 @@ class RunConfig:
 
     def check_lag(self) -> None:
         """Refuses asynchronous collection where a method or backend has none."""
-        if isinstance(self.learner, MamlTrpoConfig | LpgConfig):
+        if isinstance(self.learner, MamlTrpoConfig | LpgConfig | LpgAgentConfig):
             raise ConfigError(
                 f"max_lag {self.max_lag}: {method_of(self.learner)} needs the data of exactly its "
                 "own parameters; max_lag must be 0"

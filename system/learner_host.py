@@ -256,6 +256,10 @@ class LearnerHost:
                 raise ConfigError(f"the checkpoint's {group} do not fit this learner")
         self.state = self.on_device(state)
 
+    def adopt(self, group: str, params: Params) -> None:
+        """Takes one group over from elsewhere."""
+        self.set_state(self.get_state() | {group: params})
+
     def on_device(self, state: State) -> State:
         """The state where the learner computes."""
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from learners.config import FrodoConfig, LirpgConfig, LpgConfig, MamlTrpoConfig
+from learners.config import FrodoConfig, LirpgConfig, LpgAgentConfig, LpgConfig, MamlTrpoConfig
 from learners.core.errors import ConfigError
 from learners.core.trajectory import Spec
 from system.config import RunConfig, rollout_size
@@ -43,7 +43,7 @@ def check_replicas(config: RunConfig, spec: Spec, available: int | None = None) 
         ConfigError: they do not, and the message says how many would; or several are to learn from
             pixels.
     """
-    if isinstance(config.learner, MamlTrpoConfig | LpgConfig):
+    if isinstance(config.learner, MamlTrpoConfig | LpgConfig | LpgAgentConfig):
         return
     if spec.image is not None and config.num_members > 1:
         raise ConfigError(

@@ -16,9 +16,10 @@ import safetensors.numpy
 
 from actors.family import TaskFamily
 from actors.tasks import load_family
+from learners.config import LpgAgentConfig
 from learners.core.errors import ConfigError
 from learners.core.trajectory import Metrics
-from system import evaluation, pictures, run_folder
+from system import evaluation, pictures, rules, run_folder
 from system.backend import Backend
 from system.config import RunConfig, to_dict
 from system.learner_host import choose_device
@@ -100,6 +101,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         ConfigError: the folder holds another run, or the machine lacks something.
         StoppedRun: ten updates in a row were skipped because of non-finite tensors.
     """
+    config = rules.resolved(config)
     check_replicas(config, load_family(config.task, config.task_options).spec)
     device = str(choose_device(config.runtime.device))
     run_folder.open_folder(folder, config, device)
@@ -113,6 +115,8 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
             backend.learner("set_state", state)
             for line in [*said, f"going on with {folder} from iteration {counters.iteration}"]:
                 print(line)
+        elif isinstance(config.learner, LpgAgentConfig) and config.learner.teacher == "rule":
+            backend.learner("adopt", "meta_params", rules.load(Path(config.learner.rule)))
         resume_step = counters.iteration if restored is not None else None
         with Telemetry(folder, resume_step) as telemetry:
             telemetry.config_text(to_dict(config))

@@ -111,7 +111,7 @@ def test_an_evaluation_is_inner_updates_alone_with_their_own_number(tiny_run):
         *("collect", "inner_update", "collect", "inner_update", "collect"),
     ]
     assert all(call[1] is True for call in backend.calls if call[0] == "inner_update")
-    assert backend.calls[0] == ("begin", 6, [(0, 2), (2, 4), (4, 6)])
+    assert backend.calls[0] == ("begin", 6, [(0, 2), (2, 4), (4, 6)], True)
     assert len(tasks) == 6
     np.testing.assert_array_equal(curve, np.full((6, 5), 2.0))
 

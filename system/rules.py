@@ -1,0 +1,152 @@
+"""Learned update rules outside of a run: two files that load with torch and safetensors alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from actors.tasks import load_family
+from learners.config import LpgAgentConfig, LpgConfig, method_of
+from learners.core.errors import ConfigError
+from learners.core.trajectory import Params
+from learners.core.update_rule import UpdateRule
+from learners.lpg import Lpg
+from system import run_folder
+from system.config import RunConfig
+
+WEIGHTS, DESCRIPTION = "rule.safetensors", "rule.json"
+FORMAT = 1
+SHAPE = ("rule_width", "num_predictions", "embedding_width", "sees_lifetime", "gamma")
+"""Settings without which the weights mean nothing."""
+
+
+def export(folder: Path, out: Path | None) -> Path:
+    """Writes the rule of a run's newest checkpoint.
+
+    Args:
+        folder: of a run of LPG.
+        out: where to; by default `rule` in the run's folder.
+
+    Returns:
+        The folder with `rule.safetensors` and `rule.json`.
+
+    Raises:
+        ConfigError: the run has no rule, or no checkpoint yet.
+    """
+    config = run_folder.read_config(folder)
+    if not isinstance(config.learner, LpgConfig):
+        raise ConfigError(
+            f"{folder} is a run of {method_of(config.learner)}; what is exported is the rule of a "
+            "run of lpg"
+        )
+    restored = run_folder.restore(folder)
+    if restored is None:
+        raise ConfigError(f"{folder} has no checkpoint yet")
+    state, counters, _ = restored
+    out = out or folder / "rule"
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: p.contiguous() for name, p in state["meta_params"].items()}
+    safetensors.torch.save_file(weights, out / WEIGHTS)
+    said = {
+        "format": FORMAT,
+        "method": "lpg",
+        **{name: getattr(config.learner, name) for name in SHAPE},
+        "sha256": digest(out / WEIGHTS),
+        "step_sizes": step_sizes(config, state),
+        "trained": {
+            "preset": config.preset,
+            "task": config.task,
+            "task_options": dict(config.task_options),
+            "seed": config.seed,
+            "iterations": counters.iteration,
+            "env_steps": counters.env_steps,
+        },
+    }
+    run_folder.write_json(out / DESCRIPTION, said)
+    return out
+
+
+def step_sizes(config: RunConfig, state: Any) -> dict[str, dict[str, float]]:
+    """The step sizes of the highest mean final return in each world."""
+    family = load_family(config.task, config.task_options)
+    assert isinstance(config.learner, LpgConfig)
+    learner = Lpg(config.learner, family.spec)
+    _, agents = learner.begin(state, len(family.spec.worlds), evaluating=True)
+    rates = zip(agents.slots["lr"].tolist(), agents.slots["alpha_y"].tolist(), strict=True)
+    return {
+        world.name: {"lr": lr, "alpha_y": alpha_y}
+        for world, (lr, alpha_y) in zip(family.spec.worlds, rates, strict=True)
+    }
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What is known of an exported rule.
+
+    Raises:
+        ConfigError: there is none, or it is of another format.
+    """
+    try:
+        said: dict[str, Any] = json.loads((path / DESCRIPTION).read_text())
+    except OSError:
+        raise ConfigError(
+            f"{path} holds no rule: it has no {DESCRIPTION}. `metaloop export RUN` writes one"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path / DESCRIPTION} cannot be read: {error}") from error
+    missing = [n for n in ("format", "sha256", *SHAPE) if n not in said]
+    if missing or said["format"] != FORMAT:
+        raise ConfigError(
+            f"{path / DESCRIPTION} is not of format {FORMAT}"
+            + (f": it lacks {', '.join(missing)}" if missing else f" but {said['format']!r}")
+        )
+    return said
+
+
+def load(path: Path) -> Params:
+    """The rule's weights, checked against their description.
+
+    Raises:
+        ConfigError: the weights are missing, changed, or of other shapes than described.
+    """
+    said = describe(path)
+    weights = path / WEIGHTS
+    if not weights.exists():
+        raise ConfigError(f"{path} has no {WEIGHTS}")
+    if digest(weights) != said["sha256"]:
+        raise ConfigError(f"{weights} is not the file that {DESCRIPTION} describes: hashes differ")
+    params: dict[str, Tensor] = safetensors.torch.load_file(weights)
+    rule = UpdateRule.of(LpgConfig(**{name: said[name] for name in SHAPE}))
+    wanted = {n: p.shape for n, p in rule.init(torch.Generator()).items()}
+    if {n: p.shape for n, p in params.items()} != wanted:
+        raise ConfigError(f"{weights} has entries or shapes that {DESCRIPTION} does not describe")
+    return params
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The configuration with the shape of the rule that it names.
+
+    Raises:
+        ConfigError: a rule is wanted and none is named, or what is named is none.
+    """
+    learner = config.learner
+    if not isinstance(learner, LpgAgentConfig) or learner.teacher != "rule":
+        return config
+    if not learner.rule:
+        raise ConfigError(
+            "--rule PATH is missing: the folder that `metaloop export RUN` wrote; or take "
+            "--teacher a2c"
+        )
+    said = describe(Path(learner.rule))
+    return replace(config, learner=replace(learner, **{name: said[name] for name in SHAPE}))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
