@@ -55,14 +55,18 @@ class UpdateRule:
         )
 
     def init(self, generator: torch.Generator) -> Params:
-        """Parameters, without any axis of members; both heads begin near zero."""
+        """Parameters, without any axis of members.
+
+        π̂ begins near zero, so that a new rule leaves policies alone. ŷ does not: where both y and ŷ
+        were uniform, y would learn nothing for the rule to see.
+        """
         sizes = [self.num_predictions, self.embedding, 1]
         num_inputs = NUM_INPUTS + (NUM_LIFETIME_INPUTS if self.sees_lifetime else 0)
-        head_sizes = [(POLICY_HEAD, 1), (PREDICTION_HEAD, self.num_predictions)]
+        heads = [(POLICY_HEAD, 1, 0.01), (PREDICTION_HEAD, self.num_predictions, 1.0)]
         params = prefixed(networks.init_mlp(sizes, generator, "orthogonal"), EMBEDDING)
         params |= prefixed(init_lstm(num_inputs, self.width, generator), CELL)
-        for name, size in head_sizes:
-            head = networks.init_mlp([self.width, size], generator, "orthogonal", head_gain=0.01)
+        for name, size, gain in heads:
+            head = networks.init_mlp([self.width, size], generator, "orthogonal", head_gain=gain)
             params |= prefixed(head, name)
         return params
 
