@@ -24,6 +24,7 @@ metaloop: distributed actor-learner meta-reinforcement learning
   metaloop train PRESET [flags]     train, or go on with the run that is in the folder
   metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
   metaloop export RUN [--out DIR]   the update rule of a run of lpg, for --rule
+  metaloop bench lpg [flags]        seconds of a meta-iteration, and of its parts
   metaloop list                     presets, tasks, learners
   metaloop show PRESET [flags]      the resolved configuration
 
@@ -71,6 +72,30 @@ class ExportArguments:
     """Where to write; by default the folder `rule` in the run's."""
 
 
+@dataclass(frozen=True)
+class BenchArguments:
+    """What `bench` takes."""
+
+    name: tyro.conf.Positional[Literal["lpg"]]
+    """What is measured."""
+    iterations: int = 10
+    """Meta-iterations that are measured, after two that are not."""
+    rule_width: int = 256
+    """Width of the rule's LSTM."""
+    num_members: int = 16
+    """Lifetimes."""
+    num_envs: int = 16
+    """Environments of each."""
+    learner_threads: int = 2
+    """CPU threads of the learner."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the learner computes."""
+    compare: Path | None = None
+    """An earlier result, to print the ratio to."""
+    out: Path | None = None
+    """Where to write the result as JSON."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -80,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": train,
         "evaluate": evaluate,
         "export": export,
+        "bench": bench,
         "list": list_all,
         "show": show,
     }
@@ -170,6 +196,23 @@ def export(arguments: list[str]) -> int:
     out = rules.export(parsed.run, parsed.out)
     print(f"rule  {out}")
     print(f"next  metaloop train lpg-agent/sampled --rule {out}")
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """Metaloop bench NAME [flags]."""
+    check_flags(arguments, flag_names(BenchArguments), "metaloop bench --help")
+    parsed = tyro.cli(BenchArguments, args=arguments, prog="metaloop bench")
+    from system import bench as measurements
+
+    config = measurements.lpg(parsed.rule_width, parsed.num_members, parsed.num_envs)
+    runtime = replace(config.runtime, device=parsed.device, learner_threads=parsed.learner_threads)
+    result = measurements.measure(replace(config, runtime=runtime), parsed.iterations)
+    measurements.print_table(result, f"{parsed.name}, LSTM of width {parsed.rule_width}")
+    if parsed.compare is not None:
+        print(measurements.compare(result, parsed.compare))
+    if parsed.out is not None:
+        parsed.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
