@@ -13,9 +13,10 @@ arXiv 2007.08794).
         η   ← η − β Adam(mean over lifetimes of ∇η L)
         critics ← towards their λ-returns on τ_0 … τ_K
 
-x is a constant: gradient flows from L through θ_K back to every π̂ and ŷ, and through these to η,
-but not through what the rule saw. θ_0 of a window is a constant as well: windows are K updates of a
-lifetime of N, which goes on with θ_K. H(π) and H(y) are those of θ_k+1 on τ_k, averaged over k.
+Gradient flows from L through θ_K back to every π̂ and ŷ, through these to η, and through the y and π
+that the rule saw to the updates before: this is how y comes to mean something, since L does not
+depend on it otherwise. It stops at θ_0 of the window: windows are K updates of a lifetime of N,
+which goes on with θ_K. H(π) and H(y) are those of θ_k+1 on τ_k, averaged over k.
 
 A lifetime of N updates ends; the member then begins another with a new level of its world, a new
 agent and new step sizes. These are drawn by a bandit over (α, α_y) in each world, with
@@ -42,6 +43,7 @@ from learners.config import LpgConfig
 from learners.core.actor_critic import standardise_rows
 from learners.core.blocks import map_blocks
 from learners.core.contract import Agents, State, check_params
+from learners.core.lifetime_description import grid_view, prediction_meaning, thinned
 from learners.core.lifetimes import Lifetimes
 from learners.core.optim import Adam, clip_by_norm
 from learners.core.params import detach, flatten, gradients, leaves, unflatten
@@ -70,7 +72,8 @@ class Window:
     params: Params  # θ_0
     slots: Params  # of θ_0
     rates: Rates
-    seen: list[Experience]  # what the rule sees of τ_0 … τ_K−1
+    age: Tensor  # [M], n at τ_0
+    length: Tensor  # [M], N
     batches: list[Trajectory]  # τ_0 … τ_K
     advantage: Tensor  # [M, T, E] of τ_K, normalised
 
@@ -182,9 +185,9 @@ class Lpg:
         def update(block: Block) -> tuple[Params, Params]:
             data = batch.members(*block.members)
             params = block.of(agents.params)
-            seen = self.seen(agents, block, params, data)
             with torch.no_grad():
-                target = self.rule.targets(state["meta_params"], [seen], data)[0]
+                seen = self.seen(agents, block, params, data)
+                target = self.rule.target(state["meta_params"], seen, data)
             new, slots = block.agent.step(
                 leaves(params),
                 block.of(agents.slots),
@@ -243,6 +246,35 @@ class Lpg:
         shown["lpg/lifetimes_ended"] = float((state["counters"]["lives"] - lives).sum())
         return state, shown
 
+    def describe(self, state: State, batch: Trajectory) -> dict[str, Tensor]:
+        """What the rule makes of a query batch, and what its agents have learned.
+
+        Returns:
+            "pi_hat" and "advantage" [N], thinned out; "meaning" [W, G] and "course" [W, 10], see
+            `lifetime_description.prediction_meaning` and `Lifetimes`; and, of the first world
+            with a grid, what `lifetime_description.grid_view` returns.
+        """
+        c, worlds = self.config, self.lifetimes.worlds(len(batch.reward))
+        agents = self.begin(state, len(batch.reward))[1]
+        pi_hat, advantage, meaning = [], [], []
+        shown: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for block in worlds:
+                params, critic = block.of(state["params"]), block.of(state["critic"])
+                data = batch.members(*block.members)
+                seen = self.seen(agents, block, params, data)
+                pi_hat.append(self.rule.target(state["meta_params"], seen, data).pi_hat)
+                advantage.append(block.agent.advantages(critic, data, c.gamma, c.gae_lambda)[0])
+                meaning.append(prediction_meaning(block, params, data))
+                if block.agent.world.grid is not None and not shown:
+                    shown = grid_view(block, params, critic, data)
+        return shown | {
+            "pi_hat": thinned(torch.cat(pi_hat)),
+            "advantage": thinned(torch.cat(advantage)),
+            "meaning": torch.stack(meaning),
+            "course": state["course"]["returns"].where(state["course"]["seen"], torch.nan),
+        }
+
     # --- The meta-gradient ---
 
     def block_gradient(self, meta_params: Params, window: Window) -> Outcome:
@@ -255,10 +287,12 @@ class Lpg:
         """L of each member [M], with gradient to η, and sums of metrics."""
         c, agent, query = self.config, window.block.agent, window.batches[-1]
         support = window.batches[:-1]
-        targets = self.rule.targets(meta_params, window.seen, query)
         params, slots = leaves(window.params), window.slots
-        entropies, y_entropies = [], []
-        for batch, target in zip(support, targets, strict=True):
+        targets, entropies, y_entropies = [], [], []
+        for k, batch in enumerate(support):
+            seen = experience(agent, params, batch, window.age + k, window.length)
+            target = self.rule.target(meta_params, seen, batch)
+            targets.append(target)
             params, slots = agent.step(
                 params, slots, batch, target, window.rates, create_graph=True
             )
@@ -313,8 +347,12 @@ class Lpg:
 
     def seen(self, agents: Agents, block: Block, params: Params, batch: Trajectory) -> Experience:
         """What the rule sees of a block's batch."""
+        return experience(block.agent, params, batch, *self.lived(agents, block))
+
+    def lived(self, agents: Agents, block: Block) -> tuple[Tensor, Tensor]:
+        """Age n and length N of a block's members, [M]."""
         age, length = (agents.slots[name][slice(*block.members)] for name in ("age", "length"))
-        return experience(block.agent, params, batch, age, length)
+        return age, length
 
     def windows(
         self,
@@ -348,10 +386,7 @@ class Lpg:
                 block.of(trace[0].params),
                 block.of(trace[0].slots),
                 self.rates(trace[0], block),
-                [
-                    self.seen(agents, block, block.of(agents.params), batch)
-                    for agents, batch in zip(trace[:-1], data[:-1], strict=True)
-                ],
+                *self.lived(trace[0], block),
                 data,
                 whole[slice(*block.members)],
             )

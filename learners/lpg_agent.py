@@ -156,7 +156,7 @@ class LpgAgent:
         if self.config.teacher == "rule":
             age, length = (state["lifetimes"][n][slice(*block.members)] for n in ("age", "length"))
             seen = experience(block.agent, params, batch, age, length)
-            return self.rule.targets(state["meta_params"], [seen], batch)[0]
+            return self.rule.target(state["meta_params"], seen, batch)
         heads = block.agent.heads(params, batch.obs.flatten(1, 2))
         same = heads.log_y.view(*batch.reward.shape, -1)
         if self.config.teacher == "none":

@@ -39,6 +39,12 @@ def draw(described: Described) -> dict[str, np.ndarray]:
     if "sensitivity" in described:
         images["frodo/target"] = learned_target(described["target"], described["vtrace"])
         images["frodo/sensitivity"] = sensitivity(described["sensitivity"])
+    if "pi_hat" in described:
+        images["lpg/pi_hat"] = update_directions(described["pi_hat"], described["advantage"])
+        images["lpg/meaning"] = prediction_meaning(described["meaning"])
+        images["lpg/course"] = course(described["course"])
+    if "cells" in described:
+        images["lpg/grid"] = grid(described)
     return images
 
 
@@ -148,6 +154,93 @@ def sensitivity(slopes: np.ndarray) -> np.ndarray:
     axes.set_xlabel("mean |∂(Σ g)/∂input| over the steps of a chunk")
     axes.set_title("What the learned target depends on; first replica")
     return to_image(figure)
+
+
+def update_directions(pi_hat: np.ndarray, advantage: np.ndarray) -> np.ndarray:
+    """π̂ over the advantage, both [N]."""
+    figure = new_figure(5.0, 5.0)
+    axes = figure.subplots()
+    axes.scatter(advantage, pi_hat, s=8, alpha=0.3)
+    axes.axhline(0.0, color="grey", linewidth=0.8)
+    axes.axvline(0.0, color="grey", linewidth=0.8)
+    axes.set_xlabel("advantage around the agent's critic (GAE)")
+    axes.set_ylabel("π̂ of the learned rule")
+    axes.set_title("Steps of the last query batch, all lifetimes")
+    axes.grid(alpha=0.3)
+    return to_image(figure)
+
+
+def prediction_meaning(share: np.ndarray) -> np.ndarray:
+    """How much y tells of returns, [W, G] over worlds and discounts."""
+    from learners.core.lifetime_description import DISCOUNTS
+
+    figure = new_figure(6.0, 3.6)
+    axes = figure.subplots()
+    for world, row in enumerate(share):
+        axes.plot(range(len(DISCOUNTS)), row, marker="o", label=f"world {world}")
+    axes.set_xticks(range(len(DISCOUNTS)), [str(gamma) for gamma in DISCOUNTS])
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_xlabel("discount γ")
+    axes.set_ylabel("variance explained by y, linearly")
+    axes.set_title("What y tells of the rewards to come in a chunk")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return to_image(figure)
+
+
+def course(returns: np.ndarray) -> np.ndarray:
+    """Mean return in each tenth of a lifetime, [W, 10] over worlds; each on a scale of its own."""
+    figure = new_figure(6.0, 3.6)
+    axes = figure.subplots()
+    for world, row in enumerate(returns):
+        finite = row[np.isfinite(row)]
+        if not len(finite):
+            continue
+        low, high = finite.min(), max(finite.max(), finite.min() + 1e-6)
+        label = f"world {world}: {low:.2f} to {high:.2f}"
+        axes.plot(np.arange(10) / 10 + 0.05, (row - low) / (high - low), marker="o", label=label)
+    axes.set_xlabel("part of the lifetime that has passed")
+    axes.set_ylabel("return, 0 and 1 the least and the most")
+    axes.set_title("How agents improve under the rule")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return to_image(figure)
+
+
+def grid(described: Described) -> np.ndarray:
+    """One lifetime's grid: V, y's first principal component, and the paths of a chunk."""
+    height, width = (int(size) for size in described["grid"])
+    cells = described["cells"]
+    y = described["cell_y"] - described["cell_y"].mean(0)
+    component = y @ np.linalg.svd(y, full_matrices=False)[2][0]
+    figure = new_figure(12.0, 4.2)
+    panels = figure.subplots(1, 3)
+    for axes, values, name in (
+        (panels[0], described["cell_value"], "V of the critic"),
+        (panels[1], component, "y, first principal component"),
+    ):
+        mean = mean_by_cell(cells.reshape(-1), values, height * width).reshape(height, width)
+        shown = axes.imshow(mean, cmap="viridis")
+        figure.colorbar(shown, ax=axes, fraction=0.04, pad=0.02)
+        axes.set_title(f"{name}, mean over visits", fontsize=11)
+    visits = np.bincount(cells.reshape(-1), minlength=height * width).reshape(height, width)
+    panels[2].imshow(visits, cmap="Greys")
+    for env in range(min(cells.shape[1], 3)):
+        end = int(np.argmax(described["cell_end"][:, env] > 0)) or len(cells) - 1
+        rows, columns = np.divmod(cells[: end + 1, env], width)
+        jitter = 0.12 * (env - 1)
+        panels[2].plot(columns + jitter, rows + jitter, marker=".", label=f"environment {env}")
+    panels[2].set_title("visits, and the paths of three first episodes", fontsize=11)
+    panels[2].legend(fontsize=8, loc="upper right")
+    figure.suptitle("First lifetime of the first world with a grid, last query batch")
+    return to_image(figure)
+
+
+def mean_by_cell(cells: np.ndarray, values: np.ndarray, num_cells: int) -> np.ndarray:
+    """Mean of the values of each cell's visits, [num_cells]; NaN where there were none."""
+    count = np.bincount(cells, minlength=num_cells)
+    total = np.bincount(cells, values, num_cells)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def red() -> Any:

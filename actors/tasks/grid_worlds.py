@@ -114,9 +114,9 @@ class Grid:
         """What a policy must know of it."""
         cells, things = self.height * self.width, len(self.things)
         if self.tabular:
-            return World(name, 1, cells << things, tabular=True)
-        image = (1 + max(self.planes), self.height, self.width)
-        return World(name, 1 + things, image[0] * cells, tabular=False, image=image)
+            return World(name, 1, cells << things, True, (self.height, self.width))
+        planes = 1 + max(self.planes)
+        return World(name, 1 + things, planes * cells, False, (self.height, self.width))
 
     def level(self, seed: int) -> Level:
         """The level of that seed."""

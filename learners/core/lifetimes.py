@@ -32,6 +32,9 @@ BONUS, TEMPERATURE = 0.2, 0.1
 MEMORY = 0.8
 """What is left of a member's recent return after a window."""
 
+COURSE_MEMORY = 0.95
+"""What is left of a tenth's mean return after a window in which it was seen again."""
+
 BY_WORLD = ("params", "optimizer", "critic", "critic_optimizer")
 
 
@@ -42,7 +45,8 @@ class Lifetimes:
     State groups, all with an entry of each member: by world "params", "optimizer", "critic" and
     "critic_optimizer"; "lifetimes" with n ("age") and N ("length") in updates, α ("lr"), α_y and
     the pair's number ("arm"), and the mean return lately ("recent"); "counters" with the seed, the
-    number of lifetimes, and whether one begins ("renew"). Beside them "bandit".
+    number of lifetimes, and whether one begins ("renew"). Beside them "bandit"; and "course", the
+    mean return lately in each world and tenth of a lifetime, [W, 10], and whether there was any.
 
     Attributes:
         population: the agents.
@@ -82,7 +86,10 @@ class Lifetimes:
             "renew": torch.ones(len(seeds), dtype=torch.bool),
         }
         bandit = self.new_bandit()
-        state = {"counters": counters, "bandit": bandit} | self.born(counters, bandit)
+        shape = (len(worlds), 10)
+        course = {"returns": torch.zeros(shape), "seen": torch.zeros(shape, dtype=torch.bool)}
+        state = {"counters": counters, "bandit": bandit, "course": course}
+        state |= self.born(counters, bandit)
         ages = []
         for block in worlds:
             size = block.own[1]
@@ -150,13 +157,30 @@ class Lifetimes:
         over = age >= state["lifetimes"]["length"]
         lifetimes = state["lifetimes"] | {"age": age, "recent": recent}
         counters = state["counters"] | {"renew": over}
-        state = state | {"lifetimes": lifetimes, "counters": counters}
+        course = self.course(state, seen)
+        state = state | {"lifetimes": lifetimes, "counters": counters, "course": course}
         if not bool(over.any()):
             return state
         bandit = self.remembered(state["bandit"], lifetimes, over)
         counters = counters | {"lives": counters["lives"] + over}
         born = self.born(counters, bandit)
         return state | {"counters": counters, "bandit": bandit} | self.replaced(state, born, over)
+
+    def course(self, state: State, seen: Tensor) -> Params:
+        """The course with the mean returns [M] of a window, NaN where no episode ended."""
+        returns, known = (state["course"][name].clone() for name in ("returns", "seen"))
+        age, length = (state["lifetimes"][name] for name in ("age", "length"))
+        tenth = (10 * age // length).clamp_max(9)
+        for block in self.worlds(len(seen)):
+            rows = slice(*block.members)
+            for place in range(10):
+                here = seen[rows][tenth[rows] == place].nanmean()
+                if bool(here.isfinite()):
+                    cell = (block.world, place)
+                    weight = COURSE_MEMORY * known[cell]
+                    returns[cell] = torch.lerp(here, returns[cell], weight.to(here.dtype))
+                    known[cell] = True
+        return {"returns": returns, "seen": known}
 
     def remembered(self, bandit: Params, lifetimes: Params, over: Tensor) -> Params:
         """The bandit with the final returns of the lifetimes that are over."""

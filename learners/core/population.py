@@ -10,7 +10,7 @@ meaning but what the rule gives them. Entries of parameters carry the number of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Experience:
-    """What the rule sees of B streams of T steps; nothing in it carries gradient."""
+    """What the rule sees of B streams of T steps."""
 
     reward: Tensor  # [T, B]
     ended: Tensor  # [T, B], 1.0 where an episode ends
@@ -49,17 +49,6 @@ class Experience:
     prediction: Tensor  # [T, B, m], y(s_t), probabilities
     next_prediction: Tensor  # [T, B, m], y(s_{t+1})
     lifetime: Tensor  # [B, 2], n/N and log N
-
-    @staticmethod
-    def cat(several: Sequence[Experience]) -> Experience:
-        """Several batches of streams as one."""
-        if len(several) == 1:
-            return several[0]
-
-        def join(name: str) -> Tensor:
-            return torch.cat([getattr(one, name) for one in several], int(name != "lifetime"))
-
-        return Experience(**{field.name: join(field.name) for field in fields(Experience)})
 
 
 @dataclass(frozen=True)
@@ -257,16 +246,22 @@ def experience(
 
     Args:
         agent: of the members' world.
-        params: θ that acted.
+        params: θ that acted; gradient flows to it.
         batch: T steps of E environments.
         age: n, updates of each member so far, [M].
         length: N, updates of its lifetime, [M].
     """
     num_members, num_steps, num_envs = batch.reward.shape
     obs = torch.cat([batch.obs, batch.last_obs.unsqueeze(1)], 1)
-    with torch.no_grad():
-        y = agent.heads(params, obs.flatten(1, 2)).log_y.exp()
-    y = y.view(num_members, num_steps + 1, num_envs, -1).transpose(0, 1).flatten(1, 2)
+    heads = agent.heads(params, obs.flatten(1, 2))
+    acted = torch.cat([batch.action, batch.action[:, -1:]], 1).flatten(1, 2)
+    prob = heads.policy.log_prob(acted).exp().view(num_members, num_steps + 1, num_envs)
+    y = (
+        heads.log_y.exp()
+        .view(num_members, num_steps + 1, num_envs, -1)
+        .transpose(0, 1)
+        .flatten(1, 2)
+    )
 
     def by_step(tensor: Tensor) -> Tensor:
         return tensor.transpose(0, 1).flatten(1)
@@ -276,7 +271,7 @@ def experience(
     return Experience(
         reward=by_step(batch.reward),
         ended=by_step(batch.ended),
-        prob=by_step(batch.log_prob).exp(),
+        prob=by_step(prob[:, :-1]),
         prediction=y[:-1],
         next_prediction=y[1:],
         lifetime=lifetime.repeat_interleave(num_envs, 0),

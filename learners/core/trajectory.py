@@ -46,14 +46,22 @@ class World:
             the values of the features themselves.
         num_features: S.
         tabular: whether the one index is the state itself.
-        image: (planes, height, width) where feature (p·height + row)·width + column is a pixel.
+        grid: (height, width) where there is an agent in a cell. On a table the state's number is a
+            multiple of its cell's, row·width + column; else features are planes of pixels, that of
+            the agent first.
     """
 
     name: str
     num_indices: int
     num_features: int
     tabular: bool
-    image: tuple[int, int, int] | None = None
+    grid: tuple[int, int] | None = None
+
+    def cell(self, obs: Tensor) -> Tensor:
+        """The agent's cell in observations [..., O], where there is a grid."""
+        assert self.grid is not None
+        height, width = self.grid
+        return obs[..., 1] // (self.num_features // (height * width) if self.tabular else 1)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ that it serves any agent on any task.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +70,7 @@ class UpdateRule:
         return params
 
     def __call__(self, meta_params: Params, seen: Experience) -> tuple[Tensor, Tensor]:
-        """π̂ [T, B] and log ŷ [T, B, m]. Gradient flows to `meta_params`."""
+        """π̂ [T, B] and log ŷ [T, B, m]. Gradient flows to `meta_params` and to what is seen."""
         shared = {name: p.unsqueeze(0) for name, p in meta_params.items()}
         inputs = self.inputs(part(shared, EMBEDDING), seen).unsqueeze(0)
         hidden = lstm_backward(part(shared, CELL), inputs, seen.ended.unsqueeze(0))
@@ -81,26 +80,18 @@ class UpdateRule:
         shape = seen.reward.shape
         return pi_hat.view(shape), y_hat.view(*shape, -1).log_softmax(-1)
 
-    def targets(
-        self, meta_params: Params, seen: Sequence[Experience], like: Trajectory
-    ) -> list[Target]:
-        """What the rule says of several batches at once, each as [M, T, E]; gradient to η.
-
-        Args:
-            meta_params: η.
-            seen: of each batch, M·E streams.
-            like: a batch, for M, T and E.
-        """
+    def target(self, meta_params: Params, seen: Experience, like: Trajectory) -> Target:
+        """What the rule says of a batch of M·E streams, as [M, T, E]; gradient to η and `seen`."""
         num_members, num_steps, num_envs = like.reward.shape
-        pi_hat, log_y_hat = self(meta_params, Experience.cat(seen))
-        shape = (num_steps, len(seen), num_members, num_envs)
-        by_batch = pi_hat.view(shape).permute(1, 2, 0, 3)
-        y_by_batch = log_y_hat.view(*shape, -1).permute(1, 2, 0, 3, 4)
-        return [Target(*pair) for pair in zip(by_batch, y_by_batch, strict=True)]
+        pi_hat, log_y_hat = self(meta_params, seen)
+        shape = (num_steps, num_members, num_envs)
+        by_member = log_y_hat.view(*shape, -1).transpose(0, 1)
+        return Target(pi_hat.view(shape).transpose(0, 1), by_member)
 
     def inputs(self, embedding: Params, seen: Experience) -> Tensor:
-        """The LSTM's inputs, [T, B, I]."""
+        """The LSTM's inputs, [T, B, I]; φ takes y as m y − 1, which is 0 where y is uniform."""
         both = torch.stack([seen.prediction, seen.next_prediction])
+        both = both * self.num_predictions - 1.0
         embedded = networks.mlp(embedding, both.flatten(0, 2).unsqueeze(0), "relu")
         now, following = embedded.view(both.shape[:3])
         columns = [

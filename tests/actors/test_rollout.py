@@ -11,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.rollout import Request, RolloutWorker, Slot, make_slots
+from actors.rollout import Request, RolloutWorker, Slot, make_slots, renew
 from actors.tasks import load_family
+from actors.tasks.delayed_chains import CHAINS
 from learners.core.normalizer import REWARD_STD, Normalizer
 from learners.core.params import flatten_members, unflatten_members
 from learners.core.policy import Policy
+from learners.core.population import Population
 from learners.core.trajectory import ENV_AXIS, Trajectory
 from system.loop import carry_from_arrays, carry_to_arrays
 from tests.system.families import Countdown
@@ -492,3 +494,194 @@ def test_an_episode_that_a_staggered_stream_enters_is_counted_whole():
     lengths = chunk.arrays["episode_length"]
     assert lengths.max() == 9.0
     assert len(np.unique(lengths)) > 3
+
+
+# Lifetimes
+
+
+WORLDS = "chain-short,random-small-sparse"
+
+
+def worlds_of(names=WORLDS, num_members=6):
+    """A family of kinds of environment, its agents, their parameters, and two tasks for each."""
+    family = load_family("worlds", {"names": names})
+    population = Population(family.spec, (4,), 3)
+    params = []
+    for block in population.blocks(num_members, num_members):
+        generator = torch.Generator().manual_seed(block.world)
+        template = block.agent.network.init(generator)
+        stacked = {n: p.expand(block.own[1], *p.shape) for n, p in template.items()}
+        flat = flatten_members(stacked).numpy()
+        rng = np.random.default_rng(block.world)
+        params.append(flat + rng.normal(size=flat.shape).astype(np.float32))
+    rng = np.random.default_rng(4)
+    return family, population, params, [family.sample(rng, num_members) for _ in range(2)]
+
+
+def three_members(tasks, num_steps=9, **changes):
+    slot = Slot(7, (0, 3), (0, 2))
+    return Request(slot, tuple(tasks[:3]), (11, 12), 5, num_steps, stream=True, **changes)
+
+
+@pytest.mark.parametrize("kept_alive", [True, False])
+def test_renewed_members_get_new_tasks_and_episodes_and_the_others_go_on(kept_alive):
+    family, population, params, (old, new) = worlds_of("chain-short", 3)
+
+    def go_on(request):
+        """From the same carry: in the environments that stopped there, or in others."""
+        first = RolloutWorker(family, population)
+        _, _, own = first.collect(three_members(old), params[0], 5)
+        taker = first if kept_alive else RolloutWorker(family, population)
+        return taker.collect(request, params[0], 5, own)
+
+    mixed = [old[0], new[1], old[2]]
+    assert new[1]["level"] != old[1]["level"]
+    plain, plain_receipt, plain_carry = go_on(three_members(old, 70))
+    renewed, receipt, after = go_on(three_members(mixed, 70, renew=(1,)))
+    for name, array in plain.arrays.items():
+        np.testing.assert_array_equal(renewed.arrays[name][[0, 2]], array[[0, 2]], err_msg=name)
+    for m in (0, 2):
+        assert receipt.returns[m] == plain_receipt.returns[m]
+        assert receipt.lengths[m] == plain_receipt.lengths[m]
+    np.testing.assert_array_equal(after.noise, plain_carry.noise)
+    # The renewed one starts at the first state, and its episodes are as long as its new chain.
+    length = length_of(new[1])
+    assert length != length_of(old[1])
+    assert (renewed.arrays["obs"][1, 0, :, 1] == 0).all()
+    assert (plain.arrays["obs"][1, 0, :, 1] > 0).all()
+    assert receipt.lengths[1] == [length] * (2 * (70 // length))
+    assert {abs(total) for total in receipt.returns[1]} == {1.0}
+    assert after.num_steps[2:4].tolist() == [70 % length] * 2
+    assert renewed.tasks == tuple(mixed)
+    # And what follows is a stream like any other.
+    further, _, _ = RolloutWorker(family, population).collect(
+        three_members(mixed), params[0], 5, after
+    )
+    np.testing.assert_array_equal(further.arrays["obs"][:, 0], renewed.arrays["last_obs"])
+
+
+def length_of(task):
+    """Steps of an episode of a short chain."""
+    return CHAINS["chain-short"].level(task["level"])[0]
+
+
+@pytest.mark.parametrize("names", ["chain-short", "random-small-sparse", "sampled"])
+def test_renewal_is_the_same_in_live_and_in_restored_environments(names):
+    family, population, params, (old, new) = worlds_of(names, 3)
+    chunks = []
+    for elsewhere in (False, True):
+        worker = RolloutWorker(family, population)
+        _, _, carry = worker.collect(three_members(old), params[0], 5)
+        request = three_members([new[0], old[1], new[2]], 30, renew=(0, 2))
+        if elsewhere:
+            worker = RolloutWorker(family, population)
+            carry = carry_from_arrays(carry_to_arrays(carry))
+        chunks.append(worker.collect(request, params[0], 5, carry))
+    assert_same_arrays(chunks[0][0].arrays, chunks[1][0].arrays)
+    assert_same_arrays(chunks[0][2].env, chunks[1][2].env)
+
+
+def test_renewal_changes_what_is_carried_of_the_renewed_alone():
+    family, population, params, (old, new) = worlds_of("random-small-sparse", 3)
+    worker = RolloutWorker(family, population)
+    _, _, carry = worker.collect(three_members(old), params[0], 5)
+    rng = np.random.default_rng(0)
+    names = ("episode_return", "discounted_return", "pending_reward")
+    carry = replace(carry, **{n: rng.normal(size=6).astype(np.float32) for n in names})
+    carry = replace(carry, num_steps=1 + np.arange(6))
+    before = copy.deepcopy(carry)
+    env = worker.envs["slot", 7]
+    request = three_members([new[0], old[1], new[2]], renew=(0, 2))
+    after = renew(env, request, carry)
+    anew, same = [0, 1, 4, 5], [2, 3]
+    for name in (*names, "num_steps"):
+        found, there = getattr(after, name), getattr(before, name)
+        assert found.dtype == there.dtype
+        assert not found[anew].any(), name
+        np.testing.assert_array_equal(found[same], there[same], err_msg=name)
+        np.testing.assert_array_equal(getattr(carry, name), there, err_msg=name)
+    assert not after.ended.any()
+    np.testing.assert_array_equal(after.obs[same], before.obs[same])
+    assert (
+        after.obs[anew, 0] == np.repeat([new[0]["num_actions"], new[2]["num_actions"]], 2)
+    ).all()
+    np.testing.assert_array_equal(carry.obs, before.obs)
+
+
+def test_the_first_request_of_a_stream_begins_everything():
+    family, population, params, (_, new) = worlds_of("random-small-sparse", 3)
+    chunks = [
+        RolloutWorker(family, population).collect(three_members(new, renew=which), params[0], 5)[0]
+        for which in ((), (0, 1, 2))
+    ]
+    assert_same_arrays(chunks[0].arrays, chunks[1].arrays)
+
+
+@settings(deadline=None)
+@given(
+    num_worlds=st.integers(1, 5),
+    num_members=st.integers(5, 16),
+    num_envs=st.integers(1, 4),
+    members_per_slot=st.integers(1, 20),
+    envs_per_slot=st.integers(1, 5),
+)
+def test_slots_never_mix_worlds(num_worlds, num_members, num_envs, members_per_slot, envs_per_slot):
+    slots = make_slots(num_members, num_envs, members_per_slot, envs_per_slot, num_worlds)
+    covered = np.zeros((num_members, num_envs), int)
+    for slot in slots:
+        assert 0 < slot.num_members <= members_per_slot
+        assert 0 < slot.num_envs <= envs_per_slot
+        assert len({m * num_worlds // num_members for m in range(*slot.members)}) == 1
+        covered[slice(*slot.members), slice(*slot.envs)] += 1
+    assert (covered == 1).all()
+    assert [slot.id for slot in slots] == list(range(len(slots)))
+
+
+def test_slots_know_the_worlds_that_tasks_have():
+    _, population, _, (tasks, _) = worlds_of("chain-short,chain-long,random-small-sparse", 7)
+    for slot in make_slots(7, 2, 2, 2, 3):
+        (world,) = {task["world"] for task in tasks[slice(*slot.members)]}
+        assert population.block(7, slot.members).world == world
+
+
+@pytest.mark.parametrize("members", [(0, 3), (3, 6), (4, 6)])
+def test_a_slot_acts_with_the_parameters_of_its_world(members):
+    """The probabilities of its actions are those of that world's network, member by member."""
+    family, population, params, (tasks, _) = worlds_of()
+    block = population.block(6, members)
+    own = params[block.world][slice(*block.own)]
+    request = Request(
+        Slot(1, members, (0, 2)), tuple(tasks[slice(*members)]), (1, 2), 5, 20, stream=True
+    )
+    worker = RolloutWorker(family, population)
+    # Another world's slot before it, in the same worker, changes nothing.
+    other = (3, 6) if block.world == 0 else (0, 3)
+    before = replace(request, slot=Slot(0, other, (0, 2)), tasks=tuple(tasks[slice(*other)]))
+    worker.collect(before, params[1 - block.world], 5)
+    chunk, _, _ = worker.collect(request, own, 5)
+    fresh, _, _ = RolloutWorker(family, population).collect(request, own, 5)
+    assert_same_arrays(chunk.arrays, fresh.arrays)
+    a = {name: torch.from_numpy(array) for name, array in chunk.arrays.items()}
+    template = block.agent.network.init(torch.Generator())
+    heads = block.agent.heads(
+        unflatten_members(torch.tensor(own), template), a["obs"].flatten(1, 2)
+    )
+    log_prob = heads.policy.log_prob(a["action"].flatten(1, 2)).view_as(a["log_prob"])
+    torch.testing.assert_close(a["log_prob"], log_prob, rtol=1e-5, atol=1e-5)
+    assert a["log_prob"].std() > 0.0
+    for task, action, obs in zip(request.tasks, a["action"], a["obs"], strict=True):
+        assert int(action.max()) < task["num_actions"]
+        assert (obs[..., 0] == task["num_actions"]).all()
+    with pytest.raises(RuntimeError):  # those of the other world do not even fit
+        worker.collect(request, params[1 - block.world], 5)
+
+
+def test_tasks_without_a_world_act_with_the_one_policy():
+    family = load_family("catch", {"rows": HORIZON + 1})
+    population = Population(family.spec, (4,), 3)
+    generator = torch.Generator().manual_seed(0)
+    template = population.agents[0].network.init(generator)
+    flat = flatten_members({n: p.expand(2, *p.shape) for n, p in template.items()}).numpy()
+    chunk, receipt, _ = RolloutWorker(family, population).collect(request_of(family), flat, 5)
+    assert chunk.arrays["obs"].dtype == np.float32
+    assert receipt.num_steps == 2 * 3 * HORIZON

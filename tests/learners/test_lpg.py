@@ -10,7 +10,7 @@ from learners.core import population
 from learners.core.errors import ConfigError
 from learners.core.optim import Adam
 from learners.core.params import flatten, gradients, leaves, unflatten
-from learners.core.population import CriticRates, Rates, Target
+from learners.core.population import CriticRates, Rates, Target, experience
 from learners.lpg import smoothly_normalised
 from tests.learners.lifetimes import DENSE, TABLE, make_batch, make_learner, make_state, make_window
 
@@ -119,9 +119,10 @@ def test_the_meta_gradient_is_that_of_finite_differences(
 
 
 def test_every_part_of_the_rule_has_gradient_through_the_agents_alone():
-    """Without the terms that look at π̂ and ŷ themselves."""
-    free = {"pi_hat_coef": 0.0, "y_hat_coef": 0.0, "policy_entropy_coef": 0.0}
-    learner = make_learner(**free, y_entropy_coef=0.1)
+    """Without the terms that look at π̂, ŷ and y: ŷ matters by what later updates see of y."""
+    learner = make_learner(
+        (TABLE,), pi_hat_coef=0.0, y_hat_coef=0.0, policy_entropy_coef=0.0, y_entropy_coef=0.0
+    )
     state = make_state(learner)
     windows = windows_of(learner, state, *make_window(learner, state))
     meta_params = leaves(state["meta_params"])
@@ -162,11 +163,12 @@ def test_recomputing_a_window_ends_with_the_agents_that_acted():
     state = make_state(learner)
     trace, batches = make_window(learner, state)
     for window in windows_of(learner, state, trace, batches):
-        params, slots = window.params, window.slots
-        targets = learner.rule.targets(state["meta_params"], window.seen, window.batches[0])
-        for batch, target in zip(window.batches[:-1], targets, strict=True):
-            params, slots = window.block.agent.step(
-                leaves(params), slots, batch, target, window.rates, create_graph=True
+        agent, params, slots = window.block.agent, leaves(window.params), window.slots
+        for k, batch in enumerate(window.batches[:-1]):
+            seen = experience(agent, params, batch, window.age + k, window.length)
+            target = learner.rule.target(state["meta_params"], seen, batch)
+            params, slots = agent.step(
+                params, slots, batch, target, window.rates, create_graph=True
             )
         for name, p in window.block.of(trace[-1].params).items():
             torch.testing.assert_close(params[name].detach(), p, rtol=1e-10, atol=1e-12)

@@ -232,9 +232,9 @@ def test_what_policies_are_told():
     assert GRIDS["tabular-dense"].world("a") == World("a", 1, 121 * 16, tabular=True)
     assert GRIDS["tabular-longer-horizon"].world("a") == World("a", 1, 63 * 128, tabular=True)
     assert SAMPLED.world("a") == World("a", 1, 3200, tabular=True)
-    dense = World("a", 5, 4 * 121, tabular=False, image=(4, 11, 11))
+    dense = World("a", 5, 4 * 121, tabular=False, grid=(11, 11))
     assert GRIDS["random-dense"].world("a") == dense
-    sparse = World("a", 4, 3 * 35, tabular=False, image=(3, 5, 7))
+    sparse = World("a", 4, 3 * 35, tabular=False, grid=(5, 7))
     assert GRIDS["random-small-sparse"].world("a") == sparse
 
 
