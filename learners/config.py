@@ -300,6 +300,8 @@ class LpgConfig:
     """Width of φ, which makes a number of a prediction."""
     hidden: tuple[int, ...] = (32,)
     """Widths of the agents' hidden layers, where their world is not tabular."""
+    channels: int = 0
+    """Channels of a convolution of 3 × 3 below these layers, on pixels; 0 for none."""
     gamma: float = 0.995
     """γ, discount per environment step; the rule sees it."""
     gae_lambda: float = 0.95
@@ -357,6 +359,7 @@ class LpgConfig:
             check_whole(name, getattr(self, name))
         for width in self.hidden:
             check_whole("hidden", width)
+        check_number("channels", self.channels, 0, sys.maxsize)
         for name in ("meta_lr", "meta_max_grad_norm", "max_grad_norm", "critic_lr"):
             check_positive(name, getattr(self, name))
         for name in ("gamma", "gae_lambda", "critic_rate"):
@@ -398,6 +401,8 @@ class LpgAgentConfig:
     """N of a rule that sees lifetimes."""
     hidden: tuple[int, ...] = (32,)
     """Widths of the agents' hidden layers, where their world is not tabular."""
+    channels: int = 0
+    """Channels of a convolution of 3 × 3 below these layers, on pixels; 0 for none."""
     gamma: float = 0.995
     """γ, discount per environment step."""
     gae_lambda: float = 0.95
@@ -432,6 +437,7 @@ class LpgAgentConfig:
             check_whole(name, getattr(self, name))
         for width in self.hidden:
             check_whole("hidden", width)
+        check_number("channels", self.channels, 0, sys.maxsize)
         for name in ("tabular_lr", "network_lr", "alpha_y", "max_grad_norm", "critic_lr"):
             check_positive(name, getattr(self, name))
         for name in ("gamma", "gae_lambda", "critic_rate"):

@@ -109,7 +109,8 @@ class Lpg:
     @property
     def policy(self) -> Population:
         """What acts."""
-        return Population(self.spec, self.config.hidden, self.config.num_predictions)
+        c = self.config
+        return Population(self.spec, c.hidden, c.num_predictions, c.channels)
 
     @property
     def lifetimes(self) -> Lifetimes:

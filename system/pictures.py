@@ -164,7 +164,7 @@ def update_directions(pi_hat: np.ndarray, advantage: np.ndarray) -> np.ndarray:
     axes.axhline(0.0, color="grey", linewidth=0.8)
     axes.axvline(0.0, color="grey", linewidth=0.8)
     axes.set_xlabel("advantage around the agent's critic (GAE)")
-    axes.set_ylabel("π̂ of the learned rule")
+    axes.set_ylabel(r"$\hat{\pi}$ of the learned rule")
     axes.set_title("Steps of the last query batch, all lifetimes")
     axes.grid(alpha=0.3)
     return to_image(figure)

@@ -104,22 +104,25 @@ class Agent:
         hidden: widths of their hidden layers; none on a tabular world.
         num_actions: A, padded.
         num_predictions: m.
+        channels: of a convolution below the hidden layers, where there are pixels; 0 for none.
     """
 
     world: World
     hidden: tuple[int, ...]
     num_actions: int
     num_predictions: int
+    channels: int = 0
 
     @property
     def network(self) -> IndexNetwork:
         """Logits of π and of y."""
-        return IndexNetwork(self.world, self.hidden, self.num_actions + self.num_predictions)
+        num_outputs = self.num_actions + self.num_predictions
+        return IndexNetwork(self.world, self.hidden, num_outputs, self.channels)
 
     @property
     def critic(self) -> IndexNetwork:
         """V, of the same make."""
-        return IndexNetwork(self.world, self.hidden, 1)
+        return IndexNetwork(self.world, self.hidden, 1, self.channels)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -338,13 +341,14 @@ class Population:
     spec: Spec
     hidden: tuple[int, ...]
     num_predictions: int
+    channels: int = 0
 
     @property
     def agents(self) -> list[Agent]:
         """Those of each world."""
         spec, m = self.spec, self.num_predictions
         worlds = spec.worlds or (World("observations", 0, spec.obs_size, tabular=False),)
-        return [Agent(world, self.hidden, spec.action_size, m) for world in worlds]
+        return [Agent(world, self.hidden, spec.action_size, m, self.channels) for world in worlds]
 
     def policy_of(self, world: int) -> LifetimePolicy:
         """What acts in a world."""
