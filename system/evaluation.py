@@ -1,4 +1,8 @@
-"""What an evaluation found: the adaptation curve, as numbers, as JSON and as a table."""
+"""What an evaluation found: the adaptation curve, as numbers, as JSON and as a table.
+
+A lifetime in a part of which no episode ended has NaN there. It is left out of what is said of that
+part, and a part in which nobody's episode ended is left out itself.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ def summarise(
     Args:
         preset: the run's preset.
         tasks: M tasks.
-        curve: mean raw return of each task after 0 … K inner updates, [M, K+1].
+        curve: mean raw return of each task after 0 … K inner updates, [M, K+1]; NaN where none.
         held_out: whether training could not have drawn these tasks; where it could, there are
             only a few, and each is reported apart under "groups".
         replicas: whether the members are independent runs of one method on their own tasks.
@@ -37,7 +41,7 @@ def summarise(
         "tasks": len(tasks),
         "held_out": held_out,
         "adapt": adaptation(curve),
-        "gain": interval(curve[:, 1] - curve[:, 0]) if curve.shape[1] > 1 else None,
+        "gain": gain(curve),
     }
     if replicas:
         return result | {"replicas": len(tasks), "held_out": False}
@@ -45,7 +49,7 @@ def summarise(
         result["groups"] = [group(tasks, curve, key) for key in sorted(set(map(task_key, tasks)))]
     else:
         result["per_task"] = [
-            {"task": dict(task), "returns": row.tolist()}
+            {"task": dict(task), "returns": [None if np.isnan(x) else x for x in row.tolist()]}
             for task, row in zip(tasks, curve, strict=True)
             if len(json.dumps(dict(task))) < 200
         ]
@@ -55,8 +59,8 @@ def summarise(
 def group(tasks: Sequence[Task], curve: np.ndarray, key: str) -> dict[str, Any]:
     """One of a few tasks, over the members that had it."""
     rows = curve[[task_key(task) == key for task in tasks]]
-    gain = interval(rows[:, 1] - rows[:, 0]) if curve.shape[1] > 1 else None
-    return {"task": json.loads(key), "members": len(rows), "adapt": adaptation(rows), "gain": gain}
+    adapt = adaptation(rows)
+    return {"task": json.loads(key), "members": len(rows), "adapt": adapt, "gain": gain(rows)}
 
 
 def task_key(task: Task) -> str:
@@ -66,9 +70,20 @@ def task_key(task: Task) -> str:
 
 def adaptation(curve: np.ndarray) -> list[dict[str, Any]]:
     """Mean, interquartile mean and 95 % interval after each number of inner updates."""
-    return [
-        {"k": k, **interval(curve[:, k]), "iqm": iqm(curve[:, k])} for k in range(curve.shape[1])
-    ]
+    columns = [(k, known(column)) for k, column in enumerate(curve.T)]
+    return [{"k": k, **interval(own), "iqm": iqm(own)} for k, own in columns if own.size]
+
+
+def gain(curve: np.ndarray) -> dict[str, Any] | None:
+    """What the first update brings those tasks that have a return on both sides of it."""
+    gains = known(curve[:, 1] - curve[:, 0]) if curve.shape[1] > 1 else curve[:0, 0]
+    return interval(gains) if gains.size else None
+
+
+def known(values: np.ndarray) -> np.ndarray:
+    """Those that are not NaN; an infinite one stays, and is refused."""
+    there: np.ndarray = values[~np.isnan(values)]
+    return there
 
 
 def interval(values: np.ndarray) -> dict[str, Any]:
@@ -104,7 +119,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
         for row in rows["adapt"]:
             low, high = row["ci95"]
             table.add_row(
-                label if row["k"] == 0 else "",
+                label if row is rows["adapt"][0] else "",
                 str(row["k"]),
                 f"{row['mean']:.2f}",
                 f"[{low:.2f}, {high:.2f}]",

@@ -254,7 +254,8 @@ class LearnerHost:
             theirs = {name: p.shape for name, p in state.get(group, {}).items()}
             if theirs != {name: p.shape for name, p in params.items()}:
                 raise ConfigError(f"the checkpoint's {group} do not fit this learner")
-        self.state = self.on_device(state)
+        # A checkpoint has no groups without entries, such as the slots of plain gradient steps.
+        self.state = self.on_device({group: {} for group in self.state} | state)
 
     def adopt(self, group: str, params: Params) -> None:
         """Takes one group over from elsewhere."""

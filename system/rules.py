@@ -78,11 +78,12 @@ def step_sizes(config: RunConfig, state: Any) -> dict[str, dict[str, float]]:
     family = load_family(config.task, config.task_options)
     assert isinstance(config.learner, LpgConfig)
     learner = Lpg(config.learner, family.spec)
-    _, agents = learner.begin(state, len(family.spec.worlds), evaluating=True)
+    worlds = [agent.world for agent in learner.policy.agents]
+    _, agents = learner.begin(state, len(worlds), evaluating=True)
     rates = zip(agents.slots["lr"].tolist(), agents.slots["alpha_y"].tolist(), strict=True)
     return {
         world.name: {"lr": lr, "alpha_y": alpha_y}
-        for world, (lr, alpha_y) in zip(family.spec.worlds, rates, strict=True)
+        for world, (lr, alpha_y) in zip(worlds, rates, strict=True)
     }
 
 

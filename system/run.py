@@ -272,10 +272,10 @@ def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     if restored is None:
         raise ConfigError(f"{folder} has no checkpoint yet")
     state, counters, said = restored
-    run_folder.pop_loop_state(state)
     for line in said:
         print(line, file=sys.stderr)
     with running(config) as (_, backend, loop):
+        loop.restore(run_folder.pop_loop_state(state))  # replicas have tasks of their own
         backend.learner("set_state", state)
         result = evaluate_now(config, loop)
     return result | {"iteration": counters.iteration, "env_steps": counters.env_steps}

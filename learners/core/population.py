@@ -17,6 +17,7 @@ from torch import Tensor
 
 from learners.core.actor_critic import part
 from learners.core.blocks import block_bounds, group_bounds
+from learners.core.errors import ConfigError
 from learners.core.index_network import IndexNetwork
 from learners.core.optim import Adam, Optimizer, Sgd, clip_by_norm
 from learners.core.params import detach, leaves
@@ -342,6 +343,13 @@ class Population:
     hidden: tuple[int, ...]
     num_predictions: int
     channels: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses environments that its agents cannot act in."""
+        if not self.spec.discrete or self.spec.image is not None:
+            raise ConfigError(
+                "lpg and lpg-agent need discrete actions, and observations that are no pixels"
+            )
 
     @property
     def agents(self) -> list[Agent]:

@@ -2,9 +2,10 @@
 
 import torch
 
-from learners.config import LpgConfig
+from learners.config import LpgAgentConfig, LpgConfig
 from learners.core.trajectory import Spec, Trajectory, World
 from learners.lpg import Lpg
+from learners.lpg_agent import LpgAgent
 
 TABLE = World("table", num_indices=1, num_features=5, tabular=True)
 DENSE = World("dense", num_indices=3, num_features=8, tabular=False)
@@ -29,14 +30,30 @@ SETTINGS = {
     "max_grad_norm": 100.0,
     "members_per_block": 2,
 }
+AGENT_SETTINGS = {
+    name: SETTINGS[name]
+    for name in (
+        *("num_steps", "rule_width", "num_predictions", "embedding_width", "hidden"),
+        *("gamma", "gae_lambda", "max_grad_norm", "members_per_block"),
+    )
+} | {"tabular_lr": 0.5, "network_lr": 0.05, "alpha_y": 0.7, "lifetime_updates": 100}
 NUM_ACTIONS = 3
 
 
+def spec_of(worlds):
+    """Observations of up to three indices; without worlds, of six numbers."""
+    size = 1 + max(world.num_indices for world in worlds) if worlds else 6
+    return Spec(size, NUM_ACTIONS, True, horizon=50, worlds=tuple(worlds))
+
+
 def make_learner(worlds=(TABLE, DENSE), **settings):
-    """Observations of up to three indices; two or three actions."""
-    num_indices = max(world.num_indices for world in worlds)
-    spec = Spec(1 + num_indices, NUM_ACTIONS, True, horizon=50, worlds=worlds)
-    return Lpg(LpgConfig(**SETTINGS | settings), spec)
+    """LPG, with two or three actions."""
+    return Lpg(LpgConfig(**SETTINGS | settings), spec_of(worlds))
+
+
+def make_agents(worlds=(TABLE, DENSE), **settings):
+    """The learner of those that a rule, or something in its place, teaches."""
+    return LpgAgent(LpgAgentConfig(**AGENT_SETTINGS | settings), spec_of(worlds))
 
 
 def in_double(groups):
@@ -53,7 +70,7 @@ def make_state(learner, num_members=4, seed=0):
     for group in ("params", "critic", "meta_params"):
         state[group] = {
             name: p + 0.5 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            for name, p in state[group].items()
+            for name, p in state.get(group, {}).items()
         }
     state["counters"]["renew"] = torch.zeros(num_members, dtype=torch.bool)
     return state
@@ -66,6 +83,8 @@ def make_batch(learner, agents, num_members=4, num_envs=2, seed=0):
     shape = (num_members, c.num_steps, num_envs)
 
     def observe(*size):
+        if not spec.worlds:
+            return torch.randn(num_members, *size, spec.obs_size, generator=generator).double()
         obs = torch.full((num_members, *size, spec.obs_size), -1)
         for block in learner.policy.blocks(num_members, num_members):
             world, rows = block.agent.world, slice(*block.members)
