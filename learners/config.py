@@ -384,7 +384,7 @@ class LpgAgentConfig:
 
     teacher: Teacher = "rule"
     """rule: a learned one, see `rule`. a2c: the advantage. reinforce: the rewards that follow.
-    none: nobody, the policy stays as it begins."""
+    none: nobody, the policy stays as it begins, but for its entropy."""
     rule: str = ""
     """Folder that `metaloop export` wrote; of no effect with another teacher."""
     num_steps: int = 20

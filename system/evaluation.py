@@ -25,6 +25,7 @@ def summarise(
     curve: np.ndarray,
     held_out: bool,
     replicas: bool = False,
+    worlds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The object that `evaluate --json` prints.
 
@@ -35,7 +36,11 @@ def summarise(
         held_out: whether training could not have drawn these tasks; where it could, there are
             only a few, and each is reported apart under "groups".
         replicas: whether the members are independent runs of one method on their own tasks.
+        worlds: names of the kinds of environment of lifetimes, each of which is reported apart;
+            the curve is then over tenths of a lifetime.
     """
+    if worlds and not replicas:
+        return summarise_lifetimes(preset, tasks, curve, worlds)
     result: dict[str, Any] = {
         "preset": preset,
         "tasks": len(tasks),
@@ -54,6 +59,22 @@ def summarise(
             if len(json.dumps(dict(task))) < 200
         ]
     return result
+
+
+def summarise_lifetimes(
+    preset: str, tasks: Sequence[Task], curve: np.ndarray, worlds: Sequence[str]
+) -> dict[str, Any]:
+    """`summarise` of lifetimes: what a tenth is to them, an inner update is to others."""
+
+    def of(rows: np.ndarray) -> dict[str, Any]:
+        return {"adapt": adaptation(rows), "gain": gain(rows[:, [0, -1]])}
+
+    groups = []
+    for number, name in enumerate(worlds):
+        rows = curve[[task["world"] == number for task in tasks]]
+        groups.append({"task": {"world": name}, "members": len(rows), **of(rows)})
+    whole = {"preset": preset, "tasks": len(tasks), "held_out": True, "unit": "tenths of a life"}
+    return whole | of(curve) | {"groups": groups}
 
 
 def group(tasks: Sequence[Task], curve: np.ndarray, key: str) -> dict[str, Any]:
@@ -112,7 +133,8 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     if "replicas" in result:
         what = "replicas, each on episodes of its own"
     table = Table(title=f"{result['preset']}: return of {result['tasks']} {what}")
-    for name in ("task", "inner updates", "mean", "95 % interval", "IQM"):
+    unit = result.get("unit", "inner updates")
+    for name in ("task", unit, "mean", "95 % interval", "IQM"):
         table.add_column(name, justify="left" if name == "task" else "right")
     groups = result.get("groups", [])
     for label, rows in [("all", result), *((str(g["task"]), g) for g in groups)]:
@@ -127,8 +149,7 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             )
         if rows["gain"]:
             low, high = rows["gain"]["ci95"]
-            table.add_row(
-                "", "gain of 1", f"{rows['gain']['mean']:.2f}", f"[{low:.2f}, {high:.2f}]", ""
-            )
+            name = "last less first" if "unit" in result else "gain of 1"
+            table.add_row("", name, f"{rows['gain']['mean']:.2f}", f"[{low:.2f}, {high:.2f}]", "")
         table.add_section()
     console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,12 @@ def resolved(config: RunConfig) -> RunConfig:
             "--teacher a2c"
         )
     said = describe(Path(learner.rule))
+    default = LpgAgentConfig()
+    for name in SHAPE:
+        given = getattr(learner, name)
+        if given not in (getattr(default, name), said[name]):
+            flag = name.replace("_", "-")
+            print(f"--{flag} {given} has no effect: the rule has {said[name]}", file=sys.stderr)
     return replace(config, learner=replace(learner, **{name: said[name] for name in SHAPE}))
 
 

@@ -251,7 +251,8 @@ def evaluate_now(config: RunConfig, loop: Loop) -> dict[str, Any]:
     tasks, curve = loop.evaluate(config.eval_tasks)
     replicas = loop.replicas
     held_out = loop.family.finite_tasks is None
-    return evaluation.summarise(config.preset, tasks, curve, held_out, replicas)
+    worlds = [world.name for world in loop.family.spec.worlds]
+    return evaluation.summarise(config.preset, tasks, curve, held_out, replicas, worlds)
 
 
 def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
