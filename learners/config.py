@@ -244,6 +244,8 @@ class FrodoConfig(ActorCriticSettings):
 
     num_inner_updates: int = 5
     """K, inner updates of a window."""
+    num_outcome_batches: int = 1
+    """Q, batches from the query batch on whose rewards the outer loss waits for."""
     inner_optimizer: OptimizerName = "rmsprop"
     """What makes inner steps of the update direction; its slots live as long as the agent."""
     meta_lr: float = 1e-3
@@ -271,7 +273,7 @@ class FrodoConfig(ActorCriticSettings):
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
         super().__post_init__()
-        for name in ("num_inner_updates", "target_width"):
+        for name in ("num_inner_updates", "num_outcome_batches", "target_width"):
             check_whole(name, getattr(self, name))
         for name in ("meta_lr", "critic_lr", "max_rho"):
             check_positive(name, getattr(self, name))

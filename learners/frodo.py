@@ -17,7 +17,9 @@ g and V, and the gradient by η runs through all K steps, their clipping and the
 to the θ_0 of the window, which is a constant. L_out is the loss of a V-trace actor-critic on τ_K.
 Where the specification has a target policy there is nothing to control: then d = mean (g − V) ∇V,
 π is that policy, and L_out the squared error of V to V-trace's target, which is the observed return
-where the chunk sees the episode's end.
+where the data see the episode's end. Chunks should be short, since θ moves once in each, and
+returns long: so L_out may wait for the rewards of Q chunks (`num_outcome_batches`), τ_K … τ_K+Q−1,
+before it rates V on τ_K. Windows then overlap: each still begins K batches after the last.
 
 The paper's code is not public. Choices made here where it leaves them open:
   - Advantages and targets of L_out come from a critic of its own, V_out, which learns V-trace's
@@ -73,8 +75,9 @@ class Frodo(Replicas):
     """The learner; see the head of the module.
 
     State groups beside those of all replicas: "meta_params" (η), "critic" (V_out), an optimizer's
-    slots for each; "first_params" and "first_optimizer" (θ_0 and its slots) and "window" (the
-    batches since then, by number and field), so that a window goes on after a restart.
+    slots for each; "window" (the batches since the oldest window that is open began, by number and
+    field) and "starts" (θ_0 and its slots of each open window, by its number), so that windows go
+    on after a restart.
     """
 
     config: FrodoConfig
@@ -104,9 +107,8 @@ class Frodo(Replicas):
             "optimizer": self.optimizer.init(params),
             "meta_params": meta_params,
             "meta_optimizer": META_OPTIMIZER.init(meta_params),
-            "first_params": params,
-            "first_optimizer": self.optimizer.init(params),
             "window": {},
+            "starts": {},
             "counters": self.counters(seeds),
         }
         if self.config.outer_critic:
@@ -124,22 +126,24 @@ class Frodo(Replicas):
         """One inner update on the newest batch; where it closes a window, the outer one before."""
         (raw,) = batches
         batch = self.prepared(raw, state)
-        window = saved_window(state["window"])
+        window, starts = saved_window(state["window"]), saved_starts(state["starts"])
+        num_inner_updates = self.config.num_inner_updates
         groups: State = {}
         metrics: Metrics = {}
-        if len(window) == self.config.num_inner_updates:
+        if len(window) == num_inner_updates + self.config.num_outcome_batches - 1:
             groups, metrics = self.outer_update(state, window, batch)
-            window = []
+            window, starts = window[num_inner_updates:], starts[1:]
         if self.config.outer_critic:
             groups |= self.critic_update(state, batch)
         meta_params = groups.get("meta_params", state["meta_params"])
         params, slots = state["params"], state["optimizer"]
-        if not window:
-            groups |= {"first_params": params, "first_optimizer": slots}
+        if len(window) % num_inner_updates == 0:
+            starts = [*starts, (params, slots)]
         lr = self.inner_lr(state, 0)
         params, slots, inner = self.inner_step(params, slots, meta_params, batch, lr)
         check_params(params, "params")
-        groups |= {"params": params, "optimizer": slots, "window": saved([*window, batch])}
+        groups |= {"params": params, "optimizer": slots}
+        groups |= {"window": saved([*window, batch]), "starts": numbered(starts)}
         return self.updated(state, raw, groups), inner | metrics
 
     def describe(self, state: State, batch: Trajectory) -> dict[str, Tensor]:
@@ -253,14 +257,17 @@ class Frodo(Replicas):
     def outer_update(
         self, state: State, window: Sequence[Trajectory], query: Trajectory
     ) -> tuple[State, Metrics]:
-        """η after a window of K batches and the query batch."""
+        """η after K batches, those after the next, and the newest."""
         c = self.config
         meta_params = leaves(state["meta_params"])
-        adapted = self.unroll(state, meta_params, window)
-        view = self.view(adapted, query)
-        target, advantage = self.outer_targets(view, state, query)
+        support = window[: c.num_inner_updates]
+        outcome = joined([*window[c.num_inner_updates :], query])
+        start = saved_starts(state["starts"])[0]
+        adapted = self.unroll(state, meta_params, start, support, len(window))
+        view = self.view(adapted, outcome)
+        target, advantage = self.outer_targets(view, state, outcome)
         loss = self.outer_loss(view, target, advantage)
-        consistency = self.consistency(meta_params, view, query)
+        consistency = self.consistency(meta_params, view, outcome)
         total = loss + c.consistency_coef * consistency
         grads = gradients(total.sum(), meta_params)
         grads, norm = clip_by_norm(grads, c.max_grad_norm)
@@ -272,11 +279,26 @@ class Frodo(Replicas):
         metrics = {name: float(value.detach().mean()) for name, value in parts.items()}
         return {"meta_params": new, "meta_optimizer": slots}, metrics
 
-    def unroll(self, state: State, meta_params: Params, window: Sequence[Trajectory]) -> Params:
-        """θ_K as a function of η."""
-        params, slots = leaves(state["first_params"]), state["first_optimizer"]
-        for k, batch in enumerate(window):
-            lr = self.inner_lr(state, k - len(window))
+    def unroll(
+        self,
+        state: State,
+        meta_params: Params,
+        start: tuple[Params, Params],
+        support: Sequence[Trajectory],
+        age: int,
+    ) -> Params:
+        """θ_K as a function of η.
+
+        Args:
+            state: the present one.
+            meta_params: η.
+            start: θ_0 and its slots.
+            support: τ_0 … τ_K−1.
+            age: updates from θ_0 to the present.
+        """
+        params, slots = leaves(start[0]), start[1]
+        for k, batch in enumerate(support):
+            lr = self.inner_lr(state, k - age)
             params, slots, *_ = self.inner_update_of(
                 params, slots, meta_params, batch, lr, create_graph=True
             )
@@ -290,12 +312,13 @@ class Frodo(Replicas):
             return self.vtrace(view, batch)
 
     def outer_loss(self, view: View, target: Tensor, advantage: Tensor) -> Tensor:
-        """Loss of each replica [M] at θ_K; targets and advantages are constants."""
+        """Loss of each replica [M] at θ_K, on τ_K; targets and advantages are constants."""
         c = self.config
-        value_loss = 0.5 * (view.value - target).square().mean((1, 2))
+        error = (view.value - target)[:, : c.num_steps]
+        value_loss = 0.5 * error.square().mean((1, 2))
         if self.spec.target_policy is not None:
             return value_loss
-        policy_loss = -(advantage * view.log_prob).mean((1, 2))
+        policy_loss = -(advantage * view.log_prob)[:, : c.num_steps].mean((1, 2))
         return policy_loss + c.outer_value_coef * value_loss - c.outer_entropy_coef * view.entropy
 
     def consistency(self, meta_params: Params, view: View, batch: Trajectory) -> Tensor:
@@ -388,3 +411,41 @@ def saved_window(entries: Params) -> list[Trajectory]:
     """The inverse of `saved`."""
     numbers = sorted({int(name.split(".")[0]) for name in entries})
     return [Trajectory(**part(entries, f"{number}.")) for number in numbers]
+
+
+def numbered(starts: Sequence[tuple[Params, Params]]) -> Params:
+    """Parameters and slots of several moments as named tensors."""
+    return {
+        f"{number}.{group}.{name}": p
+        for number, pair in enumerate(starts)
+        for group, entries in zip(("params", "optimizer"), pair, strict=True)
+        for name, p in entries.items()
+    }
+
+
+def saved_starts(entries: Params) -> list[tuple[Params, Params]]:
+    """The inverse of `numbered`."""
+    numbers = sorted({int(name.split(".")[0]) for name in entries})
+    return [(part(entries, f"{n}.params."), part(entries, f"{n}.optimizer.")) for n in numbers]
+
+
+def joined(batches: Sequence[Trajectory]) -> Trajectory:
+    """Consecutive chunks of a stream as one."""
+    if len(batches) == 1:
+        return batches[0]
+    cut = any(bool(batch.truncated.any()) for batch in batches)
+
+    def field(name: str) -> Tensor:
+        if name == "last_obs":
+            return batches[-1].last_obs
+        if name == "final_obs":
+            return (
+                torch.cat(
+                    [b.final_obs if b.final_obs.shape[1] else 0.0 * b.obs for b in batches], 1
+                )
+                if cut
+                else batches[-1].final_obs
+            )
+        return torch.cat([getattr(batch, name) for batch in batches], 1)
+
+    return Trajectory(**{name: field(name) for name in vars(batches[0])})

@@ -24,7 +24,7 @@ def replica_bytes(config: RunConfig, spec: Spec) -> int:
     numbers = 2 * spec.obs_size * pixel + 4 * (spec.action_size + 12)
     copies = COPIES
     if isinstance(config.learner, FrodoConfig):
-        copies += config.learner.num_inner_updates
+        copies += config.learner.num_inner_updates + config.learner.num_outcome_batches - 1
     needed = copies * steps * numbers
     if isinstance(config.learner, LirpgConfig):
         needed += MATRIX_COPIES * 4 * steps**2
