@@ -385,46 +385,63 @@ def online(
     )
 
 
-WALK_STEPS = 200_000
-"""Environment steps of a lifetime on a random walk: some 200 flips."""
+WALK_ENVS = 16
 
-WALK = FrodoConfig(
-    num_steps=16, hidden=(), gamma=1.0, lr=0.1, inner_optimizer="sgd", max_grad_norm=10.0
+OFF_POLICY = FrodoConfig(
+    num_inner_updates=1,
+    num_steps=4,
+    hidden=(),
+    value_gain=0.0,
+    gamma=1.0,
+    lr=0.5,
+    inner_optimizer="sgd",
+    max_grad_norm=10.0,
+    meta_lr=3e-3,
+    consistency_coef=0.0,
+    critic_lr=0.01,
 )
-WALK_TD = TdLambdaConfig(gamma=1.0)
+"""From scratch: V-trace's target would bring its own correction with it."""
+
+FLIP = replace(OFF_POLICY, lr=1.0, consistency_coef=0.1, residual=True, outer_critic=False)
+"""A critic of its own would learn of a flip too late."""
 
 
 def walk_presets() -> dict[str, Callable[[], RunConfig]]:
     """Values of a random walk, discovered target against fixed TD(λ)."""
-    variants: dict[str, tuple[LearnerConfig, str, str]] = {
+    variants: dict[str, tuple[LearnerConfig, int, str]] = {
         "frodo/random-walk-flip": (
-            WALK,
-            "random-walk-flip",
+            FLIP,
+            60_000,
             "FRODO predicts a random walk whose reward changes its sign every 960 steps.",
         ),
-        "td-lambda/random-walk-flip": (WALK_TD, "random-walk-flip", "TD(λ) on the same walk."),
+        "td-lambda/random-walk-flip": (
+            TdLambdaConfig(gamma=1.0, lr=0.5, trace_decay=0.3),
+            2_500,
+            "TD(λ) on the same walk, the best of a grid.",
+        ),
         "frodo/random-walk-off-policy": (
-            WALK,
-            "random-walk-off-policy",
+            OFF_POLICY,
+            6_000,
             "FRODO predicts the value of another policy than the one that walks.",
         ),
         "frodo/random-walk-off-policy-blind": (
-            replace(WALK, sees_policies=False),
-            "random-walk-off-policy",
+            replace(OFF_POLICY, sees_policies=False),
+            6_000,
             "The same without both policies' probabilities among the target's inputs.",
         ),
         "td-lambda/random-walk-off-policy": (
-            WALK_TD,
-            "random-walk-off-policy",
+            TdLambdaConfig(gamma=1.0, lr=0.02),
+            2_500,
             "TD(λ) with importance ratios.",
         ),
     }
 
     def preset(name: str) -> Callable[[], RunConfig]:
-        learner, task, doc = variants[name]
+        learner, iterations, doc = variants[name]
+        task = name.split("/")[1].removesuffix("-blind")
 
         def make() -> RunConfig:
-            return online(learner, name, task, 1, WALK_STEPS // 16, members=10)
+            return online(learner, name, task, WALK_ENVS, iterations, members=10)
 
         make.__doc__ = doc
         return make
