@@ -40,6 +40,32 @@ def chain_and_small_grids() -> RunConfig:
     )
 
 
+GRID_WORLDS = ",".join(
+    f"tabular-{name}"
+    for name in ("dense", "sparse", "long-horizon", "longer-horizon", "long-dense")
+)
+"""The five tabular grids of LPG."""
+
+
+def grid_worlds() -> RunConfig:
+    """LPG on five tabular grids, 512 lifetimes of 64 environments: for a machine with a GPU."""
+    return RunConfig(
+        preset="lpg/grid-worlds",
+        task="worlds",
+        task_options={"names": GRID_WORLDS},
+        learner=LpgConfig(policy_entropy_coef=0.05, members_per_block=32),
+        iterations=5000,
+        num_members=512,
+        num_envs=64,
+        members_per_slot=32,
+        eval_every=0,
+        eval_tasks=40,
+        log_every=10,
+        picture_every=250,
+        runtime=RuntimeConfig(backend="serial"),
+    )
+
+
 AGENT_WORLDS = (
     "tabular-dense",
     "tabular-sparse",
@@ -102,6 +128,7 @@ def agent_cartpole() -> RunConfig:
 
 LPG_PRESETS: dict[str, Callable[[], RunConfig]] = {
     "lpg/chain-and-small-grids": chain_and_small_grids,
+    "lpg/grid-worlds": grid_worlds,
     **agent_presets(),
     "lpg-agent/cartpole": agent_cartpole,
 }

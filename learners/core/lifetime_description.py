@@ -33,8 +33,8 @@ def explained(y: Tensor, returns: Tensor) -> Tensor:
     size = features.shape[1]
     gram = features.T @ features + 1e-6 * len(features) * torch.eye(size, device=y.device).double()
     weights = torch.linalg.solve(gram, features.T @ centred)
-    left: Tensor = (centred - features @ weights).square().sum()
-    return 1.0 - left / centred.square().sum().clamp_min(1e-12)
+    left, total = (part.square().sum() for part in (centred - features @ weights, centred))
+    return torch.where(total > 1e-12, 1.0 - left / total, 0.0)
 
 
 def prediction_meaning(block: Block, params: Params, batch: Trajectory) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from learners.config import LpgConfig
 from learners.core import population
 from learners.core.errors import ConfigError
+from learners.core.lifetime_description import DISCOUNTS, explained
 from learners.core.optim import Adam
 from learners.core.params import flatten, gradients, leaves, unflatten
 from learners.core.population import CriticRates, Rates, Target, experience
@@ -280,3 +281,48 @@ def test_inputs_stay_as_they_were():
     for group, entries in before.items():
         for name, p in entries.items():
             assert torch.equal(state[group][name], p), name
+
+
+def test_what_is_described_is_what_the_rule_and_the_agents_say():
+    learner = make_learner((TABLE, PIXELS), channels=2)
+    state = make_state(learner)
+    trace, batches = make_window(learner, state)
+    state, _ = learner.meta_update(state, trace, batches)
+    shown = learner.describe(state, batches[-1])
+    steps = batches[-1].reward.numel()
+    assert shown["pi_hat"].shape == shown["advantage"].shape == (steps,)
+    assert shown["meaning"].shape == (2, len(DISCOUNTS))
+    assert shown["course"].shape == (2, 10)
+    assert shown["course"].isnan().any()
+    assert torch.equal(shown["cells"], batches[-1].obs[2, ..., 1])
+    assert shown["cell_y"].shape == (8, 4)
+    block = learner.policy.blocks(4, 4)[0]
+    data = batches[-1].members(0, 2)
+    own = learner.rule.target(
+        state["meta_params"],
+        learner.seen(learner.begin(state, 4)[1], block, block.of(state["params"]), data),
+        data,
+    )
+    torch.testing.assert_close(shown["pi_hat"][: steps // 2], own.pi_hat.flatten())
+
+
+def test_a_prediction_explains_the_returns_that_it_is_made_of_and_no_others():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.rand(400, 5, generator=generator).double()
+    returns = y @ torch.randn(5, generator=generator).double() + 3.0
+    noise = torch.randn(400, generator=generator).double()
+    assert float(explained(y, returns)) > 0.999
+    assert float(explained(y, noise)) < 0.1
+    assert float(explained(y, torch.ones(400))) == 0.0
+
+
+def test_the_course_of_lifetimes_has_each_age_in_its_tenth():
+    learner = make_learner((TABLE,), tabular_updates=30)
+    state = make_state(learner)
+    state["lifetimes"]["age"] = torch.tensor([0, 1, 14, 29])
+    seen = torch.tensor([1.0, 3.0, 7.0, torch.nan], dtype=torch.float64)
+    course = learner.lifetimes.course(state, seen)
+    assert course["seen"][0].nonzero().flatten().tolist() == [0, 4]
+    assert course["returns"][0, [0, 4]].tolist() == [2.0, 7.0]
+    later = learner.lifetimes.course(state | {"course": course}, seen + 1.0)
+    assert later["returns"][0, 4] == pytest.approx(7.0 + 0.05)

@@ -26,6 +26,10 @@ TAGS = [
     "lirpg/episode",
     "lirpg/reward_slices",
     "lirpg/saliency",
+    "lpg/course",
+    "lpg/grid",
+    "lpg/meaning",
+    "lpg/pi_hat",
 ]
 
 
@@ -44,6 +48,15 @@ def described(seed=0, num_slices=3, num_frames=8):
         "target": rng.uniform(-1, 1, 30),
         "vtrace": rng.uniform(-1, 1, 30),
         "sensitivity": rng.uniform(0, 1, 6),
+        "pi_hat": rng.uniform(-1, 1, 30),
+        "advantage": rng.uniform(-1, 1, 30),
+        "meaning": rng.uniform(0, 1, (2, 6)),
+        "course": np.where(rng.uniform(size=(2, 10)) < 0.7, rng.uniform(size=(2, 10)), np.nan),
+        "grid": np.array([3, 4]),
+        "cells": rng.integers(0, 12, (5, 2)),
+        "cell_value": rng.uniform(-1, 1, 10),
+        "cell_y": rng.dirichlet(np.ones(4), 10),
+        "cell_end": rng.uniform(size=(5, 2)) < 0.2,
     }
 
 
