@@ -202,7 +202,8 @@ def course(returns: np.ndarray) -> np.ndarray:
     axes.set_xlabel("part of the lifetime that has passed")
     axes.set_ylabel("return, 0 and 1 the least and the most")
     axes.set_title("How agents improve under the rule")
-    axes.legend(fontsize=8)
+    if axes.get_lines():
+        axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return to_image(figure)
 

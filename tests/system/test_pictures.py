@@ -130,7 +130,10 @@ def test_a_reward_that_is_the_same_everywhere_can_be_drawn():
             sorted(
                 pictures.draw(
                     {n: 0 * a for n, a in described().items()}
-                    | {name: described()[name] for name in ("slice_velocity", "slice_action")}
+                    | {
+                        name: described()[name]
+                        for name in ("slice_velocity", "slice_action", "grid")
+                    }
                 )
             )
             == TAGS
