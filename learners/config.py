@@ -254,6 +254,9 @@ class FrodoConfig(ActorCriticSettings):
     """c, weight of the consistency of successive targets in the outer loss."""
     residual: bool = False
     """The network adds to V-trace's target instead of replacing it."""
+    residual_corrects: bool = True
+    """Whether that target is corrected for the policy that acted; without it is the n-step return
+    of the data as they are, and the correction is the network's to discover."""
     outer_critic: bool = True
     """The outer loss has a critic of its own, which never sees a learned target; without it the
     agent's value rates the targets that it was trained on, as in the paper."""

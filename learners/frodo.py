@@ -160,7 +160,7 @@ class Frodo(Replicas):
         learned = self.network(first["meta_params"], inputs, batch.ended)
         (slopes,) = torch.autograd.grad(learned.sum(), inputs)
         canonical, _ = self.vtrace(view, batch)
-        target = learned + canonical if self.config.residual else learned
+        target = self.target(first["meta_params"], view, batch)
         return {
             "target": target.detach().flatten(),
             "vtrace": canonical.flatten(),
@@ -189,7 +189,13 @@ class Frodo(Replicas):
         learned = self.network(meta_params, self.inputs(view, batch), batch.ended)
         if not self.config.residual:
             return learned
-        return learned + self.vtrace(view, batch)[0]
+        return learned + self.canonical(view, batch)
+
+    def canonical(self, view: View, batch: Trajectory) -> Tensor:
+        """What the network's output is added to in the residual form, [M, T, E]."""
+        if not self.config.residual_corrects:
+            view = View(batch.log_prob, view.entropy, view.value, view.next_value)
+        return self.vtrace(view, batch)[0]
 
     def inputs(self, view: View, batch: Trajectory) -> Tensor:
         """What the target network sees, [M, T, E, I]; gradient flows to the view."""
