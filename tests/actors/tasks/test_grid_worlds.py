@@ -229,13 +229,16 @@ def test_the_worlds_are_those_of_the_paper(name):
 
 
 def test_what_policies_are_told():
-    assert GRIDS["tabular-dense"].world("a") == World("a", 1, 121 * 16, tabular=True)
-    assert GRIDS["tabular-longer-horizon"].world("a") == World("a", 1, 63 * 128, tabular=True)
-    assert SAMPLED.world("a") == World("a", 1, 3200, tabular=True)
+    assert GRIDS["tabular-dense"].world("a") == World("a", 1, 121 * 16, True, (11, 11))
+    assert GRIDS["tabular-longer-horizon"].world("a") == World("a", 1, 63 * 128, True, (7, 9))
+    assert SAMPLED.world("a") == World("a", 1, 3200, True, (10, 10))
     dense = World("a", 5, 4 * 121, tabular=False, grid=(11, 11))
     assert GRIDS["random-dense"].world("a") == dense
     sparse = World("a", 4, 3 * 35, tabular=False, grid=(5, 7))
     assert GRIDS["random-small-sparse"].world("a") == sparse
+    obs = torch.tensor([[9, 16 * 25 + 3, -1], [9, 16 * 120 + 15, -1]])
+    assert GRIDS["tabular-dense"].world("a").cell(obs).tolist() == [25, 120]
+    assert dense.cell(torch.tensor([[9, 25, 130, -1]])).tolist() == [25]
 
 
 @pytest.mark.parametrize("name", [name for name in GRIDS if name.startswith("tabular")])
