@@ -143,7 +143,10 @@ class Frodo(Replicas):
         params, slots, inner = self.inner_step(params, slots, meta_params, batch, lr)
         check_params(params, "params")
         groups |= {"params": params, "optimizer": slots}
-        groups |= {"window": saved([*window, batch]), "starts": numbered(starts)}
+        groups["window"] = numbered([vars(kept) for kept in [*window, batch]])
+        groups["starts"] = numbered(
+            [prefixed(p, "params.") | prefixed(s, "optimizer.") for p, s in starts]
+        )
         return self.updated(state, raw, groups), inner | metrics
 
     def describe(self, state: State, batch: Trajectory) -> dict[str, Tensor]:
@@ -408,31 +411,25 @@ class Frodo(Replicas):
         return Trajectory(**fields)
 
 
-def saved(window: Sequence[Trajectory]) -> Params:
-    """A window's batches as named tensors."""
-    return {f"{k}.{name}": t for k, batch in enumerate(window) for name, t in vars(batch).items()}
+def numbered(several: Sequence[Params]) -> Params:
+    """Named tensors of several moments, each under its number."""
+    return {f"{k}.{name}": t for k, entries in enumerate(several) for name, t in entries.items()}
+
+
+def listed(entries: Params) -> list[Params]:
+    """The inverse of `numbered`."""
+    numbers = sorted({int(name.split(".")[0]) for name in entries})
+    return [part(entries, f"{number}.") for number in numbers]
 
 
 def saved_window(entries: Params) -> list[Trajectory]:
-    """The inverse of `saved`."""
-    numbers = sorted({int(name.split(".")[0]) for name in entries})
-    return [Trajectory(**part(entries, f"{number}.")) for number in numbers]
-
-
-def numbered(starts: Sequence[tuple[Params, Params]]) -> Params:
-    """Parameters and slots of several moments as named tensors."""
-    return {
-        f"{number}.{group}.{name}": p
-        for number, pair in enumerate(starts)
-        for group, entries in zip(("params", "optimizer"), pair, strict=True)
-        for name, p in entries.items()
-    }
+    """The batches of the group "window"."""
+    return [Trajectory(**fields) for fields in listed(entries)]
 
 
 def saved_starts(entries: Params) -> list[tuple[Params, Params]]:
-    """The inverse of `numbered`."""
-    numbers = sorted({int(name.split(".")[0]) for name in entries})
-    return [(part(entries, f"{n}.params."), part(entries, f"{n}.optimizer.")) for n in numbers]
+    """Parameters and slots of the group "starts"."""
+    return [(part(own, "params."), part(own, "optimizer.")) for own in listed(entries)]
 
 
 def joined(batches: Sequence[Trajectory]) -> Trajectory:
@@ -441,17 +438,17 @@ def joined(batches: Sequence[Trajectory]) -> Trajectory:
         return batches[0]
     cut = any(bool(batch.truncated.any()) for batch in batches)
 
-    def field(name: str) -> Tensor:
-        if name == "last_obs":
-            return batches[-1].last_obs
-        if name == "final_obs":
-            return (
-                torch.cat(
-                    [b.final_obs if b.final_obs.shape[1] else 0.0 * b.obs for b in batches], 1
-                )
-                if cut
-                else batches[-1].final_obs
-            )
-        return torch.cat([getattr(batch, name) for batch in batches], 1)
+    def final_obs(batch: Trajectory) -> Tensor:
+        return batch.final_obs if batch.final_obs.shape[1] == batch.obs.shape[1] else batch.obs
 
-    return Trajectory(**{name: field(name) for name in vars(batches[0])})
+    fields = {
+        name: torch.cat([getattr(batch, name) for batch in batches], 1)
+        for name in vars(batches[0])
+        if name not in ("last_obs", "final_obs")
+    }
+    fields["last_obs"] = batches[-1].last_obs
+    fields["final_obs"] = batches[-1].final_obs
+    if cut:
+        # Where a chunk has none, what stands in is never looked at: no time limit ended there.
+        fields["final_obs"] = torch.cat([final_obs(batch) for batch in batches], 1)
+    return Trajectory(**fields)

@@ -46,7 +46,14 @@ from learners.core.contract import Agents, State, check_params
 from learners.core.lifetime_description import grid_view, prediction_meaning, thinned
 from learners.core.lifetimes import Lifetimes
 from learners.core.optim import Adam, clip_by_norm
-from learners.core.params import detach, flatten, gradients, leaves, unflatten
+from learners.core.params import (
+    detach,
+    expand_members,
+    flatten,
+    gradients,
+    leaves,
+    unflatten,
+)
 from learners.core.population import (
     Block,
     CriticRates,
@@ -151,9 +158,9 @@ class Lpg:
         """η from the first seed; lifetimes from each member's own."""
         meta_params = self.rule.init(torch.Generator().manual_seed(seeds[0]))
         owners = len(seeds) if self.config.adam_per_lifetime else 1
-        repeated = {n: p.expand(owners, *p.shape) for n, p in meta_params.items()}
         state = self.lifetimes.init(seeds)
-        state |= {"meta_params": meta_params, "meta_optimizer": META_OPTIMIZER.init(repeated)}
+        slots = META_OPTIMIZER.init(expand_members(meta_params, owners))
+        state |= {"meta_params": meta_params, "meta_optimizer": slots}
         if self.config.ema_advantage:
             zeros = torch.zeros(len(seeds))
             state["advantage"] = {"mean": zeros, "square": zeros, "weight": zeros}
@@ -230,7 +237,7 @@ class Lpg:
             stacked = torch.stack([part.gradient for part in parts])
         else:
             stacked = reduce([part.gradient for part in parts]).unsqueeze(0) / num_members
-        new, slots, norm = self.step(detach(meta_params), stacked, state["meta_optimizer"], reduce)
+        new, slots, norm = self.step(detach(meta_params), stacked, state["meta_optimizer"])
         check_params(new, "meta_params")
         state = state | {"meta_params": new, "meta_optimizer": slots}
         for group in ("critic", "critic_optimizer"):
@@ -242,7 +249,7 @@ class Lpg:
         state = self.lifetimes.lived(state, batches)
         shown["meta/grad_norm"] = norm
         for block in self.lifetimes.worlds(num_members):
-            recent = state["lifetimes"]["recent"][slice(*block.members)]
+            recent = block.rows(state["lifetimes"]["recent"])
             shown[f"lpg/return_{block.agent.world.name}"] = float(recent.mean())
         shown["lpg/lifetimes_ended"] = float((state["counters"]["lives"] - lives).sum())
         return state, shown
@@ -317,7 +324,7 @@ class Lpg:
         return loss, metrics
 
     def step(
-        self, meta_params: Params, stacked: Tensor, slots: Params, reduce: Reduce
+        self, meta_params: Params, stacked: Tensor, slots: Params
     ) -> tuple[Params, Params, float]:
         """η after one step of Adam along the mean gradient, or along the mean of each one's Adam.
 
@@ -325,13 +332,11 @@ class Lpg:
             meta_params: η.
             stacked: gradients [1, P], or of each member [M, P].
             slots: of Adam, one set for each gradient.
-            reduce: adds over learners.
         """
-        like = {name: p.unsqueeze(0) for name, p in meta_params.items()}
         rows = [unflatten(row, meta_params) for row in stacked]
         grads = {name: torch.stack([row[name] for row in rows]) for name in meta_params}
         grads, norm = clip_by_norm(grads, self.config.meta_max_grad_norm)
-        start = {name: p.expand(len(stacked), *p.shape[1:]) for name, p in like.items()}
+        start = expand_members(meta_params, len(stacked))
         moved, slots = META_OPTIMIZER.update(start, grads, slots, self.config.meta_lr)
         return {name: p.mean(0) for name, p in moved.items()}, slots, float(norm.mean())
 
@@ -343,17 +348,21 @@ class Lpg:
 
     def rates(self, agents: Agents, block: Block) -> Rates:
         """Step sizes of a block's members."""
-        own = {name: agents.slots[name][slice(*block.members)] for name in ("lr", "alpha_y")}
-        return Rates(own["lr"], own["alpha_y"], self.config.max_grad_norm)
+        return Rates(
+            block.rows(agents.slots["lr"]),
+            block.rows(agents.slots["alpha_y"]),
+            self.config.max_grad_norm,
+        )
 
     def seen(self, agents: Agents, block: Block, params: Params, batch: Trajectory) -> Experience:
         """What the rule sees of a block's batch."""
-        return experience(block.agent, params, batch, *self.lived(agents, block))
-
-    def lived(self, agents: Agents, block: Block) -> tuple[Tensor, Tensor]:
-        """Age n and length N of a block's members, [M]."""
-        age, length = (agents.slots[name][slice(*block.members)] for name in ("age", "length"))
-        return age, length
+        return experience(
+            block.agent,
+            params,
+            batch,
+            block.rows(agents.slots["age"]),
+            block.rows(agents.slots["length"]),
+        )
 
     def windows(
         self,
@@ -368,14 +377,11 @@ class Lpg:
         critics = [
             self.learned(block, state, data) for block, data in zip(blocks, cut, strict=True)
         ]
-        whole = torch.cat(
-            [
-                block.agent.advantages(block.of(state["critic"]), data[-1], c.gamma, c.gae_lambda)[
-                    0
-                ]
-                for block, data in zip(blocks, cut, strict=True)
-            ]
-        )
+        rated = [
+            block.agent.advantages(block.of(state["critic"]), data[-1], c.gamma, c.gae_lambda)
+            for block, data in zip(blocks, cut, strict=True)
+        ]
+        whole = torch.cat([advantage for advantage, _ in rated])
         if c.ema_advantage:
             whole, moments = smoothly_normalised(whole, state["advantage"])
             state = state | {"advantage": moments}
@@ -387,7 +393,8 @@ class Lpg:
                 block.of(trace[0].params),
                 block.of(trace[0].slots),
                 self.rates(trace[0], block),
-                *self.lived(trace[0], block),
+                block.rows(trace[0].slots["age"]),
+                block.rows(trace[0].slots["length"]),
                 data,
                 whole[slice(*block.members)],
             )

@@ -25,13 +25,14 @@ from learners.core.contract import Agents, State, check_params
 from learners.core.lifetimes import BY_WORLD, Lifetimes
 from learners.core.params import detach, leaves
 from learners.core.population import Block, CriticRates, Population, Rates, Target, experience
+from learners.core.replicas import Online
 from learners.core.returns import reverse_scan
 from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
 from learners.core.update_rule import UpdateRule
 
 
 @dataclass(frozen=True)
-class LpgAgent:
+class LpgAgent(Online):
     """The learner; see the head of the module.
 
     State groups: by world "params", "optimizer", "critic", "critic_optimizer"; "lifetimes";
@@ -51,16 +52,6 @@ class LpgAgent:
     def rule(self) -> UpdateRule:
         """U."""
         return UpdateRule.of(self.config)
-
-    @property
-    def num_inner_updates(self) -> int:
-        """0: the one batch is the update's own."""
-        return 0
-
-    @property
-    def num_evaluation_updates(self) -> int:
-        """0."""
-        return 0
 
     @property
     def num_stream_steps(self) -> int:
@@ -92,12 +83,6 @@ class LpgAgent:
     ) -> tuple[list[bool], Agents]:
         """All replicas go on."""
         return [False] * num_members, Agents(state["params"], {}, 0)
-
-    def inner_update(
-        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
-    ) -> Agents:
-        """There are none."""
-        raise NotImplementedError
 
     def meta_update(
         self,
@@ -155,7 +140,7 @@ class LpgAgent:
     ) -> Target:
         """What the teacher says of a batch."""
         if self.config.teacher == "rule":
-            age, length = (state["lifetimes"][n][slice(*block.members)] for n in ("age", "length"))
+            age, length = (block.rows(state["lifetimes"][name]) for name in ("age", "length"))
             seen = experience(block.agent, params, batch, age, length)
             return self.rule.target(state["meta_params"], seen, batch)
         heads = block.agent.heads(params, batch.obs.flatten(1, 2))
@@ -168,8 +153,9 @@ class LpgAgent:
 
     def rates(self, state: State, block: Block) -> Rates:
         """Step sizes of a block's members."""
-        lr, alpha_y = (state["lifetimes"][n][slice(*block.members)] for n in ("lr", "alpha_y"))
-        return Rates(lr, alpha_y, self.config.max_grad_norm, self.config.entropy_coef)
+        c = self.config
+        lr, alpha_y = (block.rows(state["lifetimes"][name]) for name in ("lr", "alpha_y"))
+        return Rates(lr, alpha_y, c.max_grad_norm, c.entropy_coef)
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learners.core.actor_critic import part
+from learners.core.actor_critic import next_values, part
 from learners.core.blocks import block_bounds, group_bounds
 from learners.core.errors import ConfigError
 from learners.core.index_network import IndexNetwork
 from learners.core.optim import Adam, Optimizer, Sgd, clip_by_norm
 from learners.core.params import detach, leaves
 from learners.core.policy import Categorical, gumbel
-from learners.core.returns import bootstraps, stream_gae
+from learners.core.returns import stream_gae
 from learners.core.trajectory import Params, Spec, Trajectory, World
 
 ABSENT = -1e9
@@ -207,11 +207,7 @@ class Agent:
 
         with torch.no_grad():
             now = value(batch.obs.flatten(1, 2)).view_as(batch.reward)
-            final = torch.zeros_like(now)
-            if bool(batch.truncated.any()):
-                final = value(batch.final_obs.flatten(1, 2)).view_as(now)
-            last = value(batch.last_obs)
-            return now, bootstraps(now, last, final, batch.terminated, batch.truncated)
+            return now, next_values(value, now, batch, {})
 
     def advantages(
         self, critic: Params, batch: Trajectory, gamma: float, lam: float
@@ -325,6 +321,10 @@ class Block:
     agent: Agent
     members: tuple[int, int]  # first and one past the last of all M
     own: tuple[int, int]  # the same among the members of the world
+
+    def rows(self, entry: Tensor) -> Tensor:
+        """The block's part of an entry [M, …] that all members have."""
+        return entry[slice(*self.members)]
 
     def of(self, params: Params) -> Params:
         """The block's entries of parameters that carry the numbers of their worlds."""

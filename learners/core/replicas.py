@@ -15,8 +15,28 @@ from learners.core.policy import Policy
 from learners.core.trajectory import Metrics, Params, Spec, Trajectory
 
 
+class Online:
+    """What a learner without inner updates says of them."""
+
+    @property
+    def num_inner_updates(self) -> int:
+        """0: the one batch is the update's own."""
+        return 0
+
+    @property
+    def num_evaluation_updates(self) -> int:
+        """0."""
+        return 0
+
+    def inner_update(
+        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+    ) -> Agents:
+        """There are none."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Replicas:
+class Replicas(Online):
     """The half of the contract that no method changes: no inner updates, all members go on.
 
     State groups: "params" (policy and value of every replica), "counters" (each replica's seed and
@@ -37,16 +57,6 @@ class Replicas:
         return self.networks.policy
 
     @property
-    def num_inner_updates(self) -> int:
-        """0: the one batch is the update's own."""
-        return 0
-
-    @property
-    def num_evaluation_updates(self) -> int:
-        """0."""
-        return 0
-
-    @property
     def num_stream_steps(self) -> int:
         """T."""
         return self.config.num_steps
@@ -57,12 +67,6 @@ class Replicas:
         """All replicas go on."""
         acting = part(state["params"], POLICY) | self.statistics(state)
         return [False] * num_members, Agents(acting, {}, 0)
-
-    def inner_update(
-        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
-    ) -> Agents:
-        """There are none."""
-        raise NotImplementedError
 
     def counters(self, seeds: Sequence[int]) -> Params:
         """Each replica's seed, and how many rollouts it has learned from."""
