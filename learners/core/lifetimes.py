@@ -106,14 +106,31 @@ class Lifetimes:
             "lives": torch.zeros(len(agents), num_arms, dtype=torch.int64),
         }
 
-    def born(self, counters: Params, bandit: Params, *, greedy: bool = False) -> State:
-        """A new lifetime for every member; `greedy` takes the pair of the highest mean return."""
+    def born(
+        self,
+        counters: Params,
+        bandit: Params,
+        *,
+        chosen: Tensor | None = None,
+        greedy: bool = False,
+    ) -> State:
+        """New lifetimes, for the members of `chosen` [M] alone or for all.
+
+        `greedy` takes the pair of step sizes of the highest mean return.
+        """
         groups: State = {name: {} for name in BY_WORLD}
         lives: dict[str, list[float]] = {"lr": [], "alpha_y": [], "arm": [], "length": []}
-        names = zip(counters["seed"].tolist(), counters["lives"].tolist(), strict=True)
-        generators = [torch.Generator().manual_seed(s * 1_000_003 + n) for s, n in names]
-        for block in self.worlds(len(generators)):
-            agent, own = block.agent, generators[slice(*block.members)]
+        seeds, past = counters["seed"].tolist(), counters["lives"].tolist()
+        wanted = [True] * len(seeds) if chosen is None else chosen.tolist()
+        for block in self.worlds(len(seeds)):
+            own = [
+                torch.Generator().manual_seed(seeds[m] * 1_000_003 + past[m])
+                for m in range(*block.members)
+                if wanted[m]
+            ]
+            if not own:
+                continue
+            agent = block.agent
             for group, network, optimizer in (
                 ("params", agent.network, agent.optimizer),
                 ("critic", agent.critic, agent.critic_optimizer),
@@ -138,8 +155,8 @@ class Lifetimes:
             name: torch.tensor(values, dtype=torch.int64 if name in whole else torch.float32)
             for name, values in lives.items()
         }
-        groups["lifetimes"]["age"] = torch.zeros(len(generators), dtype=torch.int64)
-        groups["lifetimes"]["recent"] = torch.zeros(len(generators))
+        groups["lifetimes"]["age"] = torch.zeros(len(lives["arm"]), dtype=torch.int64)
+        groups["lifetimes"]["recent"] = torch.zeros(len(lives["arm"]))
         device = counters["seed"].device
         return {g: {n: p.to(device) for n, p in entries.items()} for g, entries in groups.items()}
 
@@ -163,7 +180,7 @@ class Lifetimes:
             return state
         bandit = self.remembered(state["bandit"], lifetimes, over)
         counters = counters | {"lives": counters["lives"] + over}
-        born = self.born(counters, bandit)
+        born = self.born(counters, bandit, chosen=over)
         return state | {"counters": counters, "bandit": bandit} | self.replaced(state, born, over)
 
     def course(self, state: State, seen: Tensor) -> Params:
@@ -195,20 +212,14 @@ class Lifetimes:
         return {"returns": returns, "lives": lives}
 
     def replaced(self, state: State, born: State, over: Tensor) -> State:
-        """The groups of `born`, but for the members that live on."""
-        groups: State = {
-            "lifetimes": {
-                n: torch.where(over, p, state["lifetimes"][n]) for n, p in born["lifetimes"].items()
-            }
-        }
-        for group in BY_WORLD:
-            groups[group] = {}
-            for block in self.worlds(len(over)):
-                own = over[slice(*block.members)]
-                for name, new in block.of(born[group]).items():
-                    name = f"world{block.world}.{name}"
-                    mask = own.view(-1, *[1] * (new.ndim - 1))
-                    groups[group][name] = torch.where(mask, new, state[group][name])
+        """The groups that `born` has, with its lifetimes in place of those that are over."""
+        groups: State = {group: dict(state[group]) for group in (*BY_WORLD, "lifetimes")}
+        rows = {f"world{b.world}": b.rows(over) for b in self.worlds(len(over))}
+        for group, entries in born.items():
+            for name, new in entries.items():
+                kept = state[group][name].clone()
+                kept[rows.get(name.split(".")[0], over)] = new.to(kept.dtype)
+                groups[group][name] = kept
         return groups
 
 
