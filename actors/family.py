@@ -50,7 +50,9 @@ class TaskFamily(Protocol):
         `terminated` and `truncated` [num_envs], as arrays or tensors.
         The horizon sets `terminated`. The info of a step may hold `raw_reward` [num_envs] float32
         and `game_over` [num_envs] bool where what is reported differs from what is learned from:
-        episode returns are then sums of raw rewards between game-overs. Where the specification
+        episode returns are then sums of raw rewards between game-overs. Where an episode is a trial
+        of several it holds `episode_over` [num_envs] bool, whether this step ended one of these:
+        theirs are the returns that are reported. Where the specification
         has a target policy it holds `true_value` [num_envs] float32, the expected undiscounted
         return under that policy from the observation that was acted on.
         """

@@ -271,7 +271,8 @@ def stagger(env: VectorEnv, spec: Spec, carry: Carry, seed: int) -> Carry:
         again = terminated | truncated | (begins == t)
         if again.any():
             obs = np.asarray(env.reset(options={"reset_mask": again})[0])
-            total[again], lengths[again] = 0.0, 0
+        over = again | stepped[4].get("episode_over", again)
+        total[over], lengths[over] = 0.0, 0
     return replace(carry, obs=obs.copy(), episode_return=total, num_steps=lengths)
 
 
@@ -316,10 +317,12 @@ def roll_out(
             blank(out, t, ~live)
             next_obs = np.where(live[:, None], next_obs, obs)
         over, obs = (terminated | truncated) & live, next_obs
-        if not np.count_nonzero(over):
-            continue
         game_over = over & info.get("game_over", over)
-        note_ends(out, t, game_over, running_return, lengths)
+        # In a trial, episodes end that are reported and the trial goes on.
+        reported = live & info.get("episode_over", game_over)
+        if not np.count_nonzero(over | reported):
+            continue
+        note_ends(out, t, reported, running_return, lengths)
         if len(out["final_obs"]):
             out["final_obs"][t][truncated] = obs[truncated]
         # Whole episodes: a life lost is not the end of what is reported, and the game goes on.

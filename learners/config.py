@@ -248,6 +248,9 @@ class FrodoConfig(ActorCriticSettings):
     """Q, batches from the query batch on whose rewards the outer loss waits for."""
     inner_optimizer: OptimizerName = "rmsprop"
     """What makes inner steps of the update direction; its slots live as long as the agent."""
+    outer_lambda: float = 1.0
+    """λ of the targets of the outer loss: 1 for returns as long as the data, less to lean on
+    values."""
     meta_lr: float = 1e-3
     """Step size of the target network."""
     consistency_coef: float = 0.1
@@ -452,6 +455,53 @@ class LpgAgentConfig:
             raise ConfigError(f"teacher must be one of {TEACHERS}, not {self.teacher!r}")
 
 
+@dataclass(frozen=True)
+class Rl2Config:
+    """RL²: a recurrent policy that learns inside a trial (Duan et al. 2016)."""
+
+    gamma: float = 0.99
+    """γ, discount per environment step, the ends of inner episodes notwithstanding."""
+    gae_lambda: float = 0.3
+    """λ of generalised advantage estimation."""
+    num_epochs: int = 8
+    """Passes over a batch of trials."""
+    num_minibatches: int = 10
+    """Minibatches of a pass, each of whole trials."""
+    clip_ratio: float = 0.1
+    """Half-width of the interval around 1 in which the probability ratio has gradient."""
+    lr: float = 2e-4
+    """Step size of policy and value."""
+    lr_decay_updates: int = 0
+    """Updates after which the step size has fallen linearly to 0; 0 keeps it constant."""
+    weight_decay: float = 0.0
+    """w, share of the parameters, times the step size, that every step takes away."""
+    value_coef: float = 1.0
+    """Weight of the value loss."""
+    entropy_coef: float = 0.01
+    """Weight of the policy's entropy."""
+    standardise_advantages: bool = True
+    """Whether a batch's advantages are given mean 0 and deviation 1."""
+    max_grad_norm: float = 1.0
+    """Gradients of each network are scaled down to this Euclidean norm."""
+    width: int = 256
+    """Units of the GRU of the policy, and of that of the value."""
+    init_std: float = 1.0
+    """Standard deviation of the untrained Gaussian policy, in units of the action."""
+
+    def __post_init__(self) -> None:
+        """Refuses values that no run could use."""
+        check_minibatches(self.num_epochs, self.num_minibatches)
+        check_whole("width", self.width)
+        for name in ("gamma", "gae_lambda"):
+            check_number(name, getattr(self, name), 0.0, 1.0)
+        for name in ("clip_ratio", "lr", "max_grad_norm", "init_std"):
+            check_positive(name, getattr(self, name))
+        for name in ("weight_decay", "value_coef", "entropy_coef"):
+            check_number(name, getattr(self, name), 0.0, sys.float_info.max)
+        if self.lr_decay_updates != 0:
+            check_whole("lr_decay_updates", self.lr_decay_updates)
+
+
 LearnerConfig = (
     MamlTrpoConfig
     | A2cConfig
@@ -461,6 +511,7 @@ LearnerConfig = (
     | FrodoConfig
     | LpgConfig
     | LpgAgentConfig
+    | Rl2Config
 )
 
 METHODS: dict[str, type[LearnerConfig]] = {
@@ -472,6 +523,7 @@ METHODS: dict[str, type[LearnerConfig]] = {
     "frodo": FrodoConfig,
     "lpg": LpgConfig,
     "lpg-agent": LpgAgentConfig,
+    "rl2": Rl2Config,
 }
 """Configurations by the name of their method."""
 

@@ -98,9 +98,6 @@ class Frodo(Replicas):
         """Each replica's three networks from its own seed."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         params = stack([self.networks.init(generator) for generator in generators])
-        if self.spec.target_policy is not None:
-            # Nothing learns to act: every action is as likely as the others.
-            params = {n: p if n.startswith(VALUE) else 0.0 * p for n, p in params.items()}
         meta_params = stack([self.network.init(generator) for generator in generators])
         state = {
             "params": params,
@@ -316,9 +313,9 @@ class Frodo(Replicas):
     def outer_targets(self, view: View, state: State, batch: Trajectory) -> tuple[Tensor, Tensor]:
         """V-trace's targets and advantages for the outer loss, [M, T, E], without gradient."""
         with torch.no_grad():
-            if self.config.outer_critic:
-                view = self.rated(view, state["critic"], batch)
-            return self.vtrace(view, batch)
+            group = "critic" if self.config.outer_critic else "params"
+            rated = self.rated(view, state[group], batch)
+            return self.vtrace(rated, batch, self.config.outer_lambda)
 
     def outer_loss(self, view: View, target: Tensor, advantage: Tensor) -> Tensor:
         """Loss of each replica [M] at θ_K, on τ_K; targets and advantages are constants."""
@@ -382,7 +379,7 @@ class Frodo(Replicas):
         count = int(state["counters"]["num_updates"][0])
         return decayed(c.lr, count + offset, c.lr_decay_updates)
 
-    def vtrace(self, view: View, batch: Trajectory) -> tuple[Tensor, Tensor]:
+    def vtrace(self, view: View, batch: Trajectory, lam: float = 1.0) -> tuple[Tensor, Tensor]:
         """V-trace's targets and advantages of a view, [M, T, E]."""
         c = self.config
         return vtrace(
@@ -393,6 +390,7 @@ class Frodo(Replicas):
             view.log_prob - batch.log_prob,
             c.gamma,
             c.max_rho,
+            lam,
         )
 
     def prepared(self, batch: Trajectory, state: State) -> Trajectory:

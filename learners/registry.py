@@ -18,6 +18,7 @@ LEARNERS: dict[str, str] = {
     "frodo": "learners.frodo:Frodo",
     "lpg": "learners.lpg:Lpg",
     "lpg-agent": "learners.lpg_agent:LpgAgent",
+    "rl2": "learners.rl2:Rl2",
 }
 
 

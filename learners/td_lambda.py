@@ -5,9 +5,9 @@
         e ← ρ (γλ e + [s, 1])                          zero where an episode begins
         w ← w + α mean_E[ δ e ]
 
-It evaluates the specification's target policy and learns nothing to act: every action is as likely
-as the others. What follows a chunk's last step is known when the next chunk comes; the traces are
-carried, so that chunks leave no mark on what is learned.
+It evaluates the specification's target policy and learns nothing to act. What follows a chunk's
+last step is known when the next chunk comes; the traces are carried, so that chunks leave no mark
+on what is learned.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TdLambda(Replicas):
     config: TdLambdaConfig
 
     def init(self, seeds: Sequence[int]) -> State:
-        """V and the policy are 0.
+        """V is 0.
 
         Raises:
             ConfigError: the task has no policy to evaluate.

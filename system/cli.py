@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from actors.tasks import ATARI_PREFIX, FAMILIES, closest
+from actors.tasks import ATARI_PREFIX, FAMILIES, TRIALS_PREFIX, closest
 from learners.core.errors import ConfigError
 from system.config import RunConfig, RuntimeConfig, TaskOption, to_dict
 from system.presets import PRESETS
@@ -227,6 +227,7 @@ def list_all(arguments: list[str]) -> int:
     print("  atari-<game>                       an Atari game: pip install 'metaloop[atari]'")
     print("  gym:<id>                           any Gymnasium environment, as one task")
     print("  module:Class                       your own family")
+    print("  trials:<family>                    episodes of one task in a row, as one episode")
     print("\nlearners")
     for learner in sorted({name.split("/")[0] for name in PRESETS}):
         print(f"  {learner}")
@@ -290,6 +291,7 @@ class VisibleTrainArguments(TrainArguments):
 
 def check_task_name(task: str) -> None:
     """Raises ConfigError for a task that is no built-in, no Atari game and no import path."""
+    task = task.removeprefix(TRIALS_PREFIX)
     if task not in FAMILIES and ":" not in task and not task.startswith(ATARI_PREFIX):
         raise ConfigError(
             f"there is no task family {task!r}; closest: {closest(task, FAMILIES)}. "
@@ -349,13 +351,9 @@ def typed_options(config: RunConfig, options: dict[str, str]) -> dict[str, TaskO
     Raises:
         ConfigError: no such option, or a value of another type.
     """
-    from actors.tasks import load_family
+    from actors.tasks import load_family, option_values
 
-    family = load_family(config.task, config.task_options)
-    fields: dict[str, Any] = {
-        f.name: getattr(family, f.name)
-        for f in dataclasses.fields(family)  # type: ignore[arg-type]
-    }
+    fields = option_values(load_family(config.task, config.task_options))
     typed: dict[str, TaskOption] = {}
     for name, text in options.items():
         if name not in fields:

@@ -15,6 +15,7 @@ from learners.config import (
     LpgAgentConfig,
     LpgConfig,
     MamlTrpoConfig,
+    Rl2Config,
     method_of,
 )
 from learners.core.errors import ConfigError
@@ -106,6 +107,9 @@ class RunConfig:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.max_lag > 0:
             self.check_lag()
+        if isinstance(self.learner, Rl2Config):
+            self.check_trials(self.learner.num_minibatches)
+            return
         steps, parts = rollout_size(self.learner, self.num_envs)
         if steps % parts:
             raise ConfigError(
@@ -113,9 +117,22 @@ class RunConfig:
                 f"({self.num_envs} environments)"
             )
 
+    def check_trials(self, num_minibatches: int) -> None:
+        """Refuses numbers of trials that RL² cannot learn from."""
+        if self.num_envs != 1:
+            raise ConfigError(
+                f"rl2 collects one trial of each task: num_envs must be 1, not {self.num_envs}; "
+                "num_members is the number of trials"
+            )
+        if self.num_members % num_minibatches:
+            raise ConfigError(
+                f"num_minibatches {num_minibatches} does not divide the {self.num_members} trials "
+                "of a batch"
+            )
+
     def check_lag(self) -> None:
         """Refuses asynchronous collection where a method or backend has none."""
-        if isinstance(self.learner, MamlTrpoConfig | LpgConfig | LpgAgentConfig):
+        if isinstance(self.learner, MamlTrpoConfig | LpgConfig | LpgAgentConfig | Rl2Config):
             raise ConfigError(
                 f"max_lag {self.max_lag}: {method_of(self.learner)} needs the data of exactly its "
                 "own parameters; max_lag must be 0"

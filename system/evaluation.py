@@ -16,7 +16,7 @@ from rich.table import Table
 
 from actors.family import Task
 from learners.core.trajectory import Metrics
-from system.statistics import iqm, mean_ci
+from system.statistics import iqm, landmarks, mean_ci
 
 
 def summarise(
@@ -26,6 +26,7 @@ def summarise(
     held_out: bool,
     replicas: bool = False,
     worlds: Sequence[str] = (),
+    trials: bool = False,
 ) -> dict[str, Any]:
     """The object that `evaluate --json` prints.
 
@@ -38,6 +39,7 @@ def summarise(
         replicas: whether the members are independent runs of one method on their own tasks.
         worlds: names of the kinds of environment of lifetimes, each of which is reported apart;
             the curve is then over tenths of a lifetime.
+        trials: whether the curve is over the episodes of a trial.
     """
     if worlds and not replicas:
         return summarise_lifetimes(preset, tasks, curve, worlds)
@@ -46,8 +48,10 @@ def summarise(
         "tasks": len(tasks),
         "held_out": held_out,
         "adapt": adaptation(curve),
-        "gain": gain(curve),
+        "gain": gain(curve[:, [0, -1]] if trials else curve),
     }
+    if trials:
+        return result | {"unit": "episodes before", "trial_return": interval(curve.sum(1))}
     if replicas:
         return result | {"replicas": len(tasks), "held_out": False}
     if not held_out:
@@ -115,7 +119,15 @@ def interval(values: np.ndarray) -> dict[str, Any]:
 
 def as_metrics(result: dict[str, Any]) -> Metrics:
     """The scalars of an evaluation."""
-    metrics = {f"eval/ep_rew_mean_{row['k']}": row["mean"] for row in result["adapt"]}
+    rows = [result["adapt"][k] for k in landmarks(len(result["adapt"]))]
+    metrics = {f"eval/ep_rew_mean_{row['k']}": row["mean"] for row in rows}
+    if "trial_return" in result:
+        low, high = result["trial_return"]["ci95"]
+        metrics |= {
+            "eval/trial_return": result["trial_return"]["mean"],
+            "eval/trial_return_ci95_low": low,
+            "eval/trial_return_ci95_high": high,
+        }
     if result["gain"]:
         low, high = result["gain"]["ci95"]
         metrics |= {
@@ -132,13 +144,17 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
     what = "held-out tasks" if result["held_out"] else "members, tasks that training knows too"
     if "replicas" in result:
         what = "replicas, each on episodes of its own"
-    table = Table(title=f"{result['preset']}: return of {result['tasks']} {what}")
+    title = f"{result['preset']}: return of {result['tasks']} {what}"
+    if "trial_return" in result:
+        whole, (low, high) = result["trial_return"]["mean"], result["trial_return"]["ci95"]
+        title += f"; whole trials {whole:.3f} [{low:.3f}, {high:.3f}]"
+    table = Table(title=title)
     unit = result.get("unit", "inner updates")
     for name in ("task", unit, "mean", "95 % interval", "IQM"):
         table.add_column(name, justify="left" if name == "task" else "right")
     groups = result.get("groups", [])
     for label, rows in [("all", result), *((str(g["task"]), g) for g in groups)]:
-        for row in rows["adapt"]:
+        for row in (rows["adapt"][k] for k in landmarks(len(rows["adapt"]))):
             low, high = row["ci95"]
             table.add_row(
                 label if row is rows["adapt"][0] else "",

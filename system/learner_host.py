@@ -205,26 +205,29 @@ class LearnerHost:
         return {name: tensor.detach().cpu().numpy() for name, tensor in described.items()}
 
     def act(self, agents: Agents) -> int:
-        """Publishes the members' parameters as flat arrays, one per range of members."""
+        """Publishes the members' parameters as flat arrays, one per range of members or for all."""
         self.trace.append(agents)
         self.version += 1
-        blocks = {
-            bounds: [self.store(np.ascontiguousarray(flat))]
-            for bounds, flat in self.flat(agents.params)
-        }
+        blocks: Blocks = {}
+        for ranges, flat in self.flat(agents.params):
+            stored = self.store(np.ascontiguousarray(flat))
+            blocks |= {bounds: [stored] for bounds in ranges}
         self.publish(self.version, blocks)
         return self.version
 
-    def flat(self, params: Params) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        """Each range of members with its parameters, [m, P]."""
+    def flat(self, params: Params) -> Iterator[tuple[Sequence[tuple[int, int]], np.ndarray]]:
+        """Ranges of members with the parameters that they act with, [m, P]; [1, P] for all."""
         policy = self.learner.policy
         if isinstance(policy, Population):
             for bounds in self.member_ranges:
                 own = policy.block(self.num_members, bounds).of(params)
-                yield bounds, flatten_members(own).detach().cpu().numpy()
+                yield [bounds], flatten_members(own).detach().cpu().numpy()
             return
         whole = flatten_members(params).detach().cpu().numpy()
-        yield from ((bounds, whole[slice(*bounds)]) for bounds in self.member_ranges)
+        if len(whole) < self.num_members:
+            yield self.member_ranges, whole
+            return
+        yield from (([bounds], whole[slice(*bounds)]) for bounds in self.member_ranges)
 
     def plan(self) -> Plan:
         """What the loop must know of the learner."""

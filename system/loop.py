@@ -32,7 +32,7 @@ from system.backend import Backend
 from system.config import RunConfig
 from system.learner_host import Failure, Outcome
 from system.seeds import Stream, make_rng, make_seeds
-from system.statistics import mean_ci
+from system.statistics import landmarks, mean_ci
 
 RECENT = 100
 """Episodes of each replica over which a stream's return is averaged."""
@@ -90,6 +90,11 @@ class Phase:
         """Mean return of each member, [M], NaN where no episode ended."""
         return means(self.returns)
 
+    @property
+    def episodes(self) -> np.ndarray:
+        """Return of each episode of members that had as many, in their order, [M, n]."""
+        return np.array(self.returns)
+
 
 class Loop:
     """Drives a backend through meta-iterations; touches references and receipts only."""
@@ -113,6 +118,11 @@ class Loop:
     def replicas(self) -> bool:
         """Whether members are independent runs, each of which adapts online."""
         return self.streams and self.plan.num_inner_updates == 0
+
+    @property
+    def trials(self) -> bool:
+        """Whether a member's chunk is one trial of several episodes, in which it adapts."""
+        return self.family.spec.num_episodes > 0 and not self.streams
 
     @property
     def num_replicas(self) -> int:
@@ -201,7 +211,8 @@ class Loop:
 
         Returns:
             The tasks, and the mean raw return of each after 0 … K+2 inner updates, [M, K+3];
-            of lifetimes that in each tenth, [M, 10], NaN where no episode ended in it.
+            of lifetimes that in each tenth, [M, 10], NaN where no episode ended in it; of trials
+            that in each of the n episodes, [M, n].
         """
         num_envs, num_members = self.config.num_envs, self.config.num_members
         if not self.replicas:
@@ -235,6 +246,8 @@ class Loop:
             # The evaluation published parameters for its own slots: those that train come again.
             ranges = member_ranges(self.slots(self.config.num_members, self.config.num_envs))
             self.ahead.newest = self.backend.learner("begin", self.config.num_members, ranges)[1]
+        if self.trials:
+            return tasks, phase.episodes
         whole = np.stack(curve, 1)
         return tasks, whole if carries is None else by_tenth(whole)
 
@@ -367,7 +380,9 @@ class Loop:
         num_actors = (
             1 if self.config.runtime.backend == "serial" else self.config.runtime.num_actors
         )
-        if not self.streams:
+        if self.trials:
+            shown = trial_metrics(phases[-1].episodes)
+        elif not self.streams:
             found = [mean_of_finite(phase.member_return) for phase in phases]
             shown = {f"adapt/ep_rew_mean_{k}": mean for k, mean in enumerate(found)} | {
                 "adapt/gain": found[-1] - found[0],
@@ -404,6 +419,17 @@ class Loop:
             shown |= {f"rollout/ep_rew_ci95_{end}": value for end, value in ends.items()}
             shown |= {f"replica/ep_rew_mean_{m}": value for m, value in enumerate(mean.tolist())}
         return shown
+
+
+def trial_metrics(episodes: np.ndarray) -> Metrics:
+    """Mean return of a trial, [M, n], of its episodes, and of some of them by their number."""
+    mean = episodes.mean(0).tolist()
+    shown = {f"adapt/ep_rew_mean_{k}": mean[k] for k in landmarks(len(mean))}
+    return shown | {
+        "adapt/gain": mean[-1] - mean[0],
+        "rollout/ep_rew_mean": sum(mean) / len(mean),
+        "rollout/trial_return": sum(mean),
+    }
 
 
 def carry_to_arrays(carry: Carry) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from learners.config import (
 )
 from system.config import RunConfig, RuntimeConfig, TaskOption
 from system.lpg_presets import LPG_PRESETS
+from system.rl2_presets import RL2_PRESETS
 
 MAML = MamlTrpoConfig(inner_loss="likelihood_ratio", gae_lambda=0.9, max_kl=0.02)
 """Common to all presets.
@@ -396,13 +397,19 @@ OFF_POLICY = FrodoConfig(
     lr=0.5,
     inner_optimizer="sgd",
     max_grad_norm=10.0,
-    meta_lr=3e-3,
+    max_rho=10.0,
+    meta_lr=1e-3,
     consistency_coef=0.0,
     critic_lr=0.01,
 )
-"""From scratch: V-trace's target would bring its own correction with it."""
+"""From scratch: V-trace's target would bring its own correction with it.
 
-FLIP = replace(OFF_POLICY, lr=1.0, consistency_coef=0.1, residual=True, outer_critic=False)
+The bound of the ratios is above what they come to. With one of 1 V-trace evaluates a policy between
+the two (Espeholt et al. 2018, section 4.1), and the outer loss would ask for the values of that."""
+
+FLIP = replace(
+    OFF_POLICY, lr=1.0, meta_lr=3e-3, consistency_coef=0.1, residual=True, outer_critic=False
+)
 """A critic of its own would learn of a flip too late."""
 
 
@@ -484,4 +491,5 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     **walk_presets(),
     "frodo/atari-breakout": frodo_breakout,
     **LPG_PRESETS,
+    **RL2_PRESETS,
 }

@@ -252,7 +252,9 @@ def evaluate_now(config: RunConfig, loop: Loop) -> dict[str, Any]:
     replicas = loop.replicas
     held_out = loop.family.finite_tasks is None
     worlds = [world.name for world in loop.family.spec.worlds]
-    return evaluation.summarise(config.preset, tasks, curve, held_out, replicas, worlds)
+    return evaluation.summarise(
+        config.preset, tasks, curve, held_out, replicas, worlds, loop.trials
+    )
 
 
 def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:

@@ -116,3 +116,10 @@ def _finite(x: ArrayLike) -> Floats:
     if nans or infinities:
         raise ValueError(f"of {values.size} values {nans} are NaN and {infinities} are infinite")
     return values
+
+
+def landmarks(num: int) -> list[int]:
+    """Which of `num` rows are shown: all up to 20 of them, else 0, 1, 2, 4, 8, … and the last."""
+    if num <= 20:
+        return list(range(num))
+    return [0, *(2**i for i in range(num.bit_length()) if 2**i < num - 1), num - 1]

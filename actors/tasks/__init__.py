@@ -38,11 +38,17 @@ FAMILIES: dict[str, str] = {
     "random-walk-flip": "actors.tasks.random_walk:RandomWalkFlip",
     "random-walk-off-policy": "actors.tasks.random_walk:RandomWalkOffPolicy",
     "worlds": "actors.tasks.worlds:Worlds",
+    "maze": "actors.tasks.maze:Maze",
 }
-"""Name → "module:Class". Beside these, `atari-<game>`, `gym:<id>` and a user's `module:Class`."""
+"""Name → "module:Class".
+
+Beside these, `atari-<game>`, `gym:<id>` and a user's `module:Class`; and `trials:` before any name.
+"""
 
 ATARI_PREFIX = "atari-"
 GYM_PREFIX = "gym:"
+TRIALS_PREFIX = "trials:"
+TRIALS_OPTIONS = ("episodes",)
 
 
 def task_names() -> list[str]:
@@ -57,38 +63,58 @@ def load_family(
 
     Args:
         name: a built-in name, `atari-<game>`, `gym:<Gymnasium id>`, or `module:Class` for a user's
-            own family.
+            own family; or `trials:` and one of these, for trials of `episodes` episodes each.
         options: values of the family's fields; the others keep their defaults.
 
     Raises:
         ValueError: unknown name or id, import path that leads nowhere, unknown option, or a value
             that the family refuses.
     """
-    if name.startswith(GYM_PREFIX):
-        family = _import_class("actors.tasks.gym_env:GymFamily")
-        fixed: dict[str, Any] = {"env_id": name.removeprefix(GYM_PREFIX)}
-    elif name.startswith(ATARI_PREFIX):
-        family = _import_class("actors.tasks.atari:AtariFamily")
-        fixed = {"game": name.removeprefix(ATARI_PREFIX)}
-    elif name in FAMILIES:
-        family, fixed = _import_class(FAMILIES[name]), {}
-    elif ":" in name:
-        family, fixed = _import_class(name), {}
-    else:
-        raise ValueError(
-            f"there is no task family {name!r}; closest: {closest(name, FAMILIES)}. "
-            "`metaloop list` lists all; atari-<game> takes an Atari game, gym:<id> a Gymnasium "
-            "environment and module:Class your own family"
-        )
+    family, fixed = _find_family(name.removeprefix(TRIALS_PREFIX))
+    in_trials = name.startswith(TRIALS_PREFIX)
+    allowed = [field.name for field in dataclasses.fields(family) if field.name not in fixed]
+    own = TRIALS_OPTIONS if in_trials else ()
     options = dict(options or {})
-    _check_options(name, family, options, fixed)
+    _check_options(name, options, [*own, *allowed])
+    of_trials = {option: options.pop(option) for option in own if option in options}
     loaded: TaskFamily = family(**fixed, **options)
+    if in_trials:
+        loaded = _import_class("actors.tasks.trials:Trials")(loaded, **of_trials)
     return loaded
+
+
+def option_values(family: TaskFamily) -> dict[str, Any]:
+    """The options of a family with their values; those of a family within it are among them."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(family):  # type: ignore[arg-type]
+        value = getattr(family, field.name)
+        inner = dataclasses.is_dataclass(value)
+        values |= option_values(value) if inner else {field.name: value}
+    return values
 
 
 def closest(given: str, allowed: Iterable[str]) -> str:
     """The three entries of `allowed` that are most like `given`, separated by commas."""
     return ", ".join(difflib.get_close_matches(given, list(allowed), n=3, cutoff=0.0))
+
+
+def _find_family(name: str) -> tuple[type[Any], dict[str, Any]]:
+    """The class of the family of that name, and the fields that the name decides."""
+    if name.startswith(GYM_PREFIX):
+        fixed = {"env_id": name.removeprefix(GYM_PREFIX)}
+        return _import_class("actors.tasks.gym_env:GymFamily"), fixed
+    if name.startswith(ATARI_PREFIX):
+        fixed = {"game": name.removeprefix(ATARI_PREFIX)}
+        return _import_class("actors.tasks.atari:AtariFamily"), fixed
+    if name in FAMILIES:
+        return _import_class(FAMILIES[name]), {}
+    if ":" in name:
+        return _import_class(name), {}
+    raise ValueError(
+        f"there is no task family {name!r}; closest: {closest(name, FAMILIES)}. "
+        "`metaloop list` lists all; atari-<game> takes an Atari game, gym:<id> a Gymnasium "
+        "environment, module:Class your own family and trials:<family> episodes of one in a row"
+    )
 
 
 def _import_class(path: str) -> type[Any]:
@@ -115,11 +141,8 @@ def _import_class(path: str) -> type[Any]:
     return found
 
 
-def _check_options(
-    name: str, family: type[Any], options: Mapping[str, Any], fixed: Mapping[str, Any]
-) -> None:
-    """Raises ValueError where an option is not a field of the family."""
-    allowed = [field.name for field in dataclasses.fields(family) if field.name not in fixed]
+def _check_options(name: str, options: Mapping[str, Any], allowed: list[str]) -> None:
+    """Raises ValueError where an option is not among those that the family of that name has."""
     for option in options:
         if option not in allowed:
             known = closest(option, allowed)

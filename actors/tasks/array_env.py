@@ -110,22 +110,34 @@ class ArrayEnv(VectorEnv[Tensor, Tensor, Tensor]):
             raise ValueError('the first reset needs options={"tasks": [...]} and no reset_mask')
         if seed is not None:
             self.generator.manual_seed(seed)
-        if mask is None:
-            mask = np.ones(self.num_envs, bool)
-        others = torch.from_numpy(~mask).to(self.device)
-        written = self.episode_arrays() if tasks is None else self.arrays()
-        kept = {name: tensor[others] for name, tensor in written.items()}
+        if mask is None or mask.all():
+            obs = self._start_all(tasks)
+            for counter in (self._steps, self._ended, self._truncated):
+                counter.zero_()
+        else:
+            obs = self._start_some(torch.from_numpy(mask).to(self.device), tasks)
+        self._obs.copy_(obs)
+        return obs, {}
+
+    def _start_all(self, tasks: Sequence[Task] | None) -> Tensor:
+        """Starts every environment but for its counters; returns the observation."""
         if tasks is not None:
             self.set_tasks(tasks)
             self._has_tasks = True
-        obs = torch.where(others[:, None], self._obs, self.start())
+        return self.start()
+
+    def _start_some(self, mask: Tensor, tasks: Sequence[Task] | None) -> Tensor:
+        """Starts those of the mask; what that writes of the others is put back."""
+        others = ~mask
+        written = self.episode_arrays() if tasks is None else self.arrays()
+        kept = {name: tensor[others] for name, tensor in written.items()}
+        obs = torch.where(others[:, None], self._obs, self._start_all(tasks))
         for name, tensor in written.items():
             tensor[others] = kept[name]
         self._steps *= others
         self._ended &= others
         self._truncated &= others
-        self._obs.copy_(obs)
-        return obs, {}
+        return obs
 
     def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """One step: observation, reward, terminated, truncated, empty dict.

@@ -29,6 +29,7 @@ def errors(task: str, num_steps: int, num_envs: int, seed: int) -> Tensor:
     env, policy = family.make(REPLICAS * num_envs), family.spec.target_policy
     assert policy is not None
     target = torch.tensor(policy)
+    behaviours = torch.tensor(family.spec.behaviours or [[1.0 / len(policy)] * len(policy)])
     lr, decay = (
         grid.reshape(-1, 1, 1, 1)
         for grid in torch.meshgrid(torch.tensor(LRS), torch.tensor(DECAYS), indexing="ij")
@@ -44,7 +45,8 @@ def errors(task: str, num_steps: int, num_envs: int, seed: int) -> Tensor:
         return torch.cat([obs, torch.ones(len(obs), 1)], 1).view(REPLICAS, num_envs, -1)
 
     for t in range(num_steps):
-        now, action = seen(obs), torch.randint(len(target), (env.num_envs,), generator=generator)
+        now, behaviour = seen(obs), behaviours[t // family.spec.switch_every % len(behaviours)]
+        action = torch.multinomial(behaviour, env.num_envs, replacement=True, generator=generator)
         obs, reward, terminated, _, info = env.step(action)
         following, over = seen(obs), terminated.view(REPLICAS, num_envs)
         value = (weight * now).sum(-1)
@@ -52,7 +54,7 @@ def errors(task: str, num_steps: int, num_envs: int, seed: int) -> Tensor:
             truth = torch.as_tensor(info["true_value"]).view(REPLICAS, num_envs)
             total += (value - truth).square().mean(-1)
         error = reward.view(REPLICAS, num_envs) + ~over * (weight * following).sum(-1) - value
-        ratio = target[action] * len(target)
+        ratio = (target / behaviour)[action]
         trace = ratio.view(1, REPLICAS, num_envs, 1) * (decay * trace + now)
         weight = weight + lr * (error.unsqueeze(-1) * trace).mean(2, keepdim=True)
         trace = trace * ~over.unsqueeze(-1)

@@ -64,9 +64,21 @@ class Replicas(Online):
     def begin(
         self, state: State, num_members: int, *, evaluating: bool = False
     ) -> tuple[list[bool], Agents]:
-        """All replicas go on."""
-        acting = part(state["params"], POLICY) | self.statistics(state)
-        return [False] * num_members, Agents(acting, {}, 0)
+        """All replicas go on; where a given policy is to be evaluated nothing learns to act."""
+        acting = part(state["params"], POLICY)
+        if self.spec.target_policy is not None:
+            acting = self.behaviour(acting, state["counters"]["num_updates"])
+        return [False] * num_members, Agents(acting | self.statistics(state), {}, 0)
+
+    def behaviour(self, params: Params, num_updates: Tensor) -> Params:
+        """Parameters, like `params`, of the policy whose turn it is after these updates [M]."""
+        fixed = {name: torch.zeros_like(p) for name, p in params.items()}
+        if self.spec.behaviours:
+            policies = torch.tensor(self.spec.behaviours).log()
+            turn = num_updates.cpu() * self.config.num_steps // self.spec.switch_every
+            last = f"layer{len(self.policy.hidden)}.bias"
+            fixed[last] = policies[turn % len(policies)].to(fixed[last].device)
+        return fixed
 
     def counters(self, seeds: Sequence[int]) -> Params:
         """Each replica's seed, and how many rollouts it has learned from."""

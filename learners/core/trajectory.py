@@ -78,6 +78,11 @@ class Spec:
         velocity: index of the forward velocity in an observation, where there is one.
         target_policy: probability of each action under the policy whose value is asked for, at
             every observation; None where a policy is to be found.
+        behaviours: the policies that act in turn where there is a target policy, each as the
+            probability of each action; () for all actions being as likely.
+        switch_every: environment steps between two of them.
+        num_episodes: n, episodes of a trial, where an environment's life is one trial of one task
+            and its observations hold the last action, reward and end; 0 where there is no trial.
         worlds: kinds of environment, where lifetimes differ in kind. Members 0 … M−1 are dealt out
             over the W kinds in order, member m has kind ⌊m W / M⌋. Observations are then int64
             [num_actions, index, …, index]: the number of actions that this lifetime has, at most
@@ -92,6 +97,9 @@ class Spec:
     image: tuple[int, int, int] | None = None
     velocity: int | None = None
     target_policy: tuple[float, ...] | None = None
+    behaviours: tuple[tuple[float, ...], ...] = ()
+    switch_every: int = 1
+    num_episodes: int = 0
     worlds: tuple[World, ...] = ()
 
 

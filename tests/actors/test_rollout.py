@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from actors.rollout import Request, RolloutWorker, Slot, make_slots, renew
 from actors.tasks import load_family
 from actors.tasks.delayed_chains import CHAINS
+from actors.tasks.trials import Trials
 from learners.core.normalizer import REWARD_STD, Normalizer
 from learners.core.params import flatten_members, unflatten_members
 from learners.core.policy import Policy
@@ -364,6 +365,52 @@ def test_a_life_lost_ends_what_is_learned_from_and_not_what_is_reported():
     whole, whole_receipt = collect(family, replace(request, stream=False))
     assert whole_receipt.returns == [[6.0]]
     assert whole.arrays["valid"][0, :, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+
+
+def trials_of_two_lengths(**changes):
+    """Two members' trials of two episodes each, that take 4 and 6 steps."""
+    family = Trials(Countdown(horizon=3), 2)
+    request = Request(Slot(0, (0, 2), (0, 1)), STREAM_TASKS, (1, 2), 1, 6)
+    return family, replace(request, **changes)
+
+
+def test_the_episodes_of_a_trial_are_reported_and_the_trial_goes_on():
+    family, request = trials_of_two_lengths()
+    chunk, receipt = collect(family, request)
+    a = chunk.arrays
+    assert receipt.returns == [[3.0, 3.0], [6.0, 6.0]]
+    assert receipt.lengths == [[2.0, 2.0], [3.0, 3.0]]
+    assert receipt.num_steps == 10
+    assert a["reward"][:, :, 0].tolist() == [[1, 2, 1, 2, 0, 0], [1, 2, 3, 1, 2, 3]]
+    assert a["valid"][:, :, 0].tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert a["episode_return"][:, :, 0].tolist() == [[0, 3, 0, 3, 0, 0], [0, 0, 6, 0, 0, 6]]
+    assert a["episode_length"][:, :, 0].tolist() == [[0, 2, 0, 2, 0, 0], [0, 0, 3, 0, 0, 3]]
+    assert [np.flatnonzero(row).tolist() for row in a["terminated"][:, :, 0]] == [[3], [5]]
+    assert not a["truncated"].any()
+    _, unkept = collect(family, replace(request, keep_data=False))
+    assert (unkept.returns, unkept.lengths) == (receipt.returns, receipt.lengths)
+
+
+def test_a_stream_of_trials_reports_their_episodes():
+    family, request = trials_of_two_lengths(num_steps=9)
+    chunk, receipt, carry = collect_stream(family, request)
+    assert receipt.returns == [[3.0] * 4, [6.0] * 3]
+    assert receipt.lengths == [[2.0] * 4, [3.0] * 3]
+    terminated = chunk.arrays["terminated"][:, :, 0]
+    assert [np.flatnonzero(row).tolist() for row in terminated] == [[3, 7], [5]]
+    assert carry.num_steps.tolist() == [1, 0]
+    assert carry.episode_return.tolist() == [1.0, 0.0]
+    # A new trial begins with an end and without action and reward.
+    assert chunk.arrays["obs"][0, [0, 4, 8], 0, 2:].tolist() == [[0, 0, 1]] * 3
+    assert chunk.arrays["obs"][0, 2, 0, 3:].tolist() == [2, 1]
+
+
+def test_a_staggered_stream_of_trials_counts_their_episodes_whole():
+    family, request = trials_of_two_lengths(slot=Slot(0, (0, 2), (0, 20)), stagger=True)
+    _, receipt, _ = collect_stream(family, request)
+    assert set(receipt.returns[0]) == {3.0}
+    assert set(receipt.returns[1]) == {6.0}
+    assert [set(lengths) for lengths in receipt.lengths] == [{2.0}, {3.0}]
 
 
 def test_a_chunk_that_is_not_wanted_leaves_its_receipt():

@@ -286,7 +286,7 @@ def test_without_its_own_critic_the_agent_rates_itself():
     assert not any(group.startswith("critic") for group in state)
     adapted = unrolled(learner, state, state["meta_params"], window)
     view = learner.view(adapted, query)
-    expected = learner.vtrace(view, query)
+    expected = learner.vtrace(learner.rated(view, state["params"], query), query)
     for found, own in zip(learner.outer_targets(view, state, query), expected, strict=True):
         torch.testing.assert_close(found, own.detach())
 

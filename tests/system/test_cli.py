@@ -256,7 +256,8 @@ def test_an_environment_that_raises_is_one_line(metaloop, tiny_train, tmp_path):
 def test_list_names_presets_tasks_and_learners(metaloop):
     status, out, _ = metaloop("list")
     assert status == 0
-    for name in [*PRESETS, *FAMILIES, "gym:<id>", "module:Class", "maml-trpo\n"]:
+    beside = ("gym:<id>", "module:Class", "trials:<family>")
+    for name in [*PRESETS, *FAMILIES, *beside, "maml-trpo\n"]:
         assert name in out
 
 
@@ -285,6 +286,21 @@ def test_show_prints_what_the_flags_make_of_it(metaloop):
 def test_another_task_does_not_inherit_the_options_of_the_presets_task(metaloop):
     _, out, _ = metaloop("show", NAVIGATION, "--task", "bandit", "--task.arms", "3")
     assert json.loads(out)["task_options"] == {"arms": 3}
+
+
+def test_trials_have_their_own_option_and_those_of_their_family(metaloop):
+    show = ("show", "maml-trpo/bandit", "--task", "trials:bandit")
+    _, out, _ = metaloop(*show, "--task.episodes", "3", "--task.arms", "4")
+    assert json.loads(out)["task"] == "trials:bandit"
+    assert json.loads(out)["task_options"] == {"episodes": 3, "arms": 4}
+    status, _, err = metaloop(*show, "--task.episode", "3")
+    assert status == 2
+    assert "task trials:bandit has no option 'episode'; closest: episodes, " in err
+    assert "It has arms, pulls, episodes" in err
+    assert "takes a whole number, not 'few'" in metaloop(*show, "--task.episodes", "few")[2]
+    status, _, err = metaloop("show", NAVIGATION, "--task", "trials:bandti")
+    assert status == 2
+    assert "no task family 'bandti'; closest: bandit" in err
 
 
 @pytest.mark.parametrize("flag", ["first-order", "learn-inner-lr"])

@@ -148,8 +148,9 @@ def test_every_other_field_is_a_difference(tiny_run):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_methods_configuration_comes_back_from_json(tiny_run, method):
-    hidden = () if method == "td-lambda" else (7, 5)
-    config = replace(tiny_run(), learner=METHODS[method](hidden=hidden))
+    changed = {"td-lambda": {"hidden": ()}, "rl2": {"width": 7}}.get(method, {"hidden": (7, 5)})
+    sizes = {"num_members": 10, "num_envs": 1} if method == "rl2" else {}
+    config = replace(tiny_run(), learner=METHODS[method](**changed), **sizes)
     values = json.loads(json.dumps(to_dict(config)))
     assert values["learner"]["method"] == method
     assert from_dict(values) == config

@@ -28,8 +28,9 @@ OPTIONS = {
     "catch": {"rows": 13},
     "random-walk-flip": {"horizon": 12, "flip_every": 7},
     "random-walk-off-policy": {"horizon": 12},
+    "maze": {"horizon": 12},
 }
-WITHOUT_RANDOMNESS = ("navigation-2d", "random-walk-flip", "random-walk-off-policy")
+WITHOUT_RANDOMNESS = ("navigation-2d", "random-walk-flip", "random-walk-off-policy", "maze")
 TOYS = ("navigation-2d", "bandit", "tabular-mdp", "catch", *WITHOUT_RANDOMNESS[1:])
 NUM_ENVS = 4
 
@@ -426,6 +427,9 @@ def test_continuous_tasks_are_uniform(name, entry, low, high):
         ("random-walk-off-policy", {"right": 1.0}),
         ("random-walk-off-policy", {"right": float("nan")}),
         ("random-walk-off-policy", {"right": "most"}),
+        ("random-walk-off-policy", {"swing": 0.5}),
+        ("random-walk-off-policy", {"swing": -0.1}),
+        ("random-walk-off-policy", {"switch_every": 0}),
         ("gym:CartPole-v1", {"horizon": -1}),
     ],
 )

@@ -7,7 +7,6 @@ import torch
 from actors.tasks.random_walk import (
     RandomWalkEnv,
     RandomWalkFlip,
-    RandomWalkFlipEnv,
     RandomWalkOffPolicy,
     chance_of_right_end,
 )
@@ -23,26 +22,36 @@ def solved_chances(states, right):
     return np.linalg.solve(np.eye(states) - transition, leaving)
 
 
-class SingleWalk:
-    """The walk written for one environment; without `flip_every` its sign stays."""
+def flipping(turn):
+    return (-1.0) ** turn
 
-    def __init__(self, family, right, flip_every=math.inf):
-        self.states, self.horizon, self.flip_every = family.states, family.horizon, flip_every
+
+def golden(turn):
+    """Fractions of multiples of the golden ratio, on [−1, 1], in single precision."""
+    return float(np.float32(2.0 * math.fmod((turn + 1) * (math.sqrt(5.0) - 1.0) / 2.0, 1.0) - 1.0))
+
+
+class SingleWalk:
+    """The walk written for one environment."""
+
+    def __init__(self, family, right, reward_of, switch_every):
+        self.states, self.horizon, self.switch_every = family.states, family.horizon, switch_every
         self.chances = solved_chances(family.states, right)
-        self.sign, self.since_flip = 1.0, 0
+        self.reward_of, self.turn, self.since_turn = reward_of, 0, 0
 
     def reset(self):
         self.state, self.steps = self.states // 2, 0
         return self.seen()
 
     def step(self, action):
-        if self.since_flip == self.flip_every:
-            self.sign, self.since_flip = -self.sign, 0
-        true_value = self.sign * self.chances[self.state]
+        if self.since_turn == self.switch_every:
+            self.turn, self.since_turn = self.turn + 1, 0
+        wage = self.reward_of(self.turn)
+        true_value = wage * self.chances[self.state]
         self.state += 1 if action == RIGHT else -1
         self.steps += 1
-        self.since_flip += 1
-        reward = self.sign if self.state == self.states else 0.0
+        self.since_turn += 1
+        reward = wage if self.state == self.states else 0.0
         ended = self.state in (-1, self.states) or self.steps == self.horizon
         return self.seen(), reward, ended, true_value
 
@@ -57,17 +66,17 @@ def started(family, num_envs):
 
 
 CASES = [
-    (RandomWalkFlip(flip_every=7), 0.5, 7),
-    (RandomWalkFlip(states=3, flip_every=1), 0.5, 1),
-    (RandomWalkFlip(states=9, flip_every=50, horizon=12), 0.5, 50),
-    (RandomWalkOffPolicy(), 0.8, math.inf),
-    (RandomWalkOffPolicy(states=7, right=0.3, horizon=9), 0.3, math.inf),
+    (RandomWalkFlip(flip_every=7), 0.5, flipping, 7),
+    (RandomWalkFlip(states=3, flip_every=1), 0.5, flipping, 1),
+    (RandomWalkFlip(states=9, flip_every=50, horizon=12), 0.5, flipping, 50),
+    (RandomWalkOffPolicy(), 0.8, golden, 960),
+    (RandomWalkOffPolicy(states=7, right=0.3, horizon=9, switch_every=11), 0.3, golden, 11),
 ]
 
 
-@pytest.mark.parametrize(("family", "right", "flip_every"), CASES)
-def test_batch_equals_single_environments(family, right, flip_every):
-    singles = [SingleWalk(family, right, flip_every) for _ in range(8)]
+@pytest.mark.parametrize(("family", "right", "reward_of", "switch_every"), CASES)
+def test_batch_equals_single_environments(family, right, reward_of, switch_every):
+    singles = [SingleWalk(family, right, reward_of, switch_every) for _ in range(8)]
     env, obs = started(family, 8)
     np.testing.assert_array_equal(obs, [single.reset() for single in singles])
     ended, rewards, num_episodes = [False] * 8, [], 0
@@ -99,7 +108,9 @@ def test_batch_equals_single_environments(family, right, flip_every):
             ended[i] = False
             num_episodes += 1
     assert num_episodes > 30
-    assert set(rewards) == ({0.0, 1.0} if flip_every == math.inf else {-1.0, 0.0, 1.0})
+    turns = {single.turn for single in singles}
+    assert set(rewards) <= {0.0, *map(reward_of, range(max(turns) + 1))}
+    assert len(set(rewards)) > 1
 
 
 # True values
@@ -133,6 +144,9 @@ def test_chances_of_long_walks_do_not_overflow(right):
     assert chances[-2].item() == pytest.approx(expected, rel=2e-3)
 
 
+WAGE = golden(0)  # what the first turn pays; episodes are far shorter than a turn
+
+
 @pytest.mark.parametrize("right", [0.8, 0.4])
 def test_true_values_are_the_mean_returns_of_the_target_policy(right):
     num_envs = 20000
@@ -148,8 +162,8 @@ def test_true_values_are_the_mean_returns_of_the_target_policy(right):
         running = ~ended
         following, reward, ended, _, info = env.step(action)
         seen.append(torch.where(running, obs.argmax(1), -1))
-        values.append(info["true_value"])
-        returns += reward
+        values.append(info["true_value"] / WAGE)
+        returns += reward / WAGE
         obs = following
     for state in range(5):
         # An episode counts once, however often it visits the state.
@@ -166,6 +180,10 @@ def test_true_values_are_the_mean_returns_of_the_target_policy(right):
 def test_what_the_policy_is_told():
     flip, off_policy = RandomWalkFlip().spec, RandomWalkOffPolicy().spec
     assert flip.target_policy == (0.5, 0.5)
+    assert flip.behaviours == ()
+    np.testing.assert_allclose(off_policy.behaviours, [(0.7, 0.3), (0.3, 0.7)])
+    assert off_policy.switch_every == 960
+    assert RandomWalkOffPolicy(swing=0.0).spec.behaviours == ()
     np.testing.assert_allclose(off_policy.target_policy, (0.2, 0.8))
     for spec in (flip, off_policy):
         assert (spec.obs_size, spec.action_size, spec.discrete, spec.horizon) == (5, 2, True, 1000)
@@ -267,7 +285,7 @@ def test_restored_before_or_after_a_flip_it_goes_on_bit_for_bit(taken_after):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(
     ("make", "family"),
-    [(RandomWalkEnv, RandomWalkOffPolicy()), (RandomWalkFlipEnv, RandomWalkFlip(flip_every=7))],
+    [(RandomWalkEnv, RandomWalkOffPolicy()), (RandomWalkEnv, RandomWalkFlip(flip_every=7))],
 )
 def test_cuda_equals_cpu(make, family):
     envs = [make(family, 8, device) for device in ("cpu", "cuda")]

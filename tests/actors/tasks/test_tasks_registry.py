@@ -78,6 +78,7 @@ def test_every_name_loads():
         "random-walk-flip",
         "random-walk-off-policy",
         "worlds",
+        "maze",
     ]
     for name in task_names():
         assert load_family(name).spec.horizon >= 1
