@@ -400,7 +400,7 @@ OFF_POLICY = FrodoConfig(
     max_rho=10.0,
     meta_lr=1e-3,
     consistency_coef=0.0,
-    critic_lr=0.01,
+    critic_lr=0.02,
 )
 """From scratch: V-trace's target would bring its own correction with it.
 
@@ -428,12 +428,12 @@ def walk_presets() -> dict[str, Callable[[], RunConfig]]:
         ),
         "frodo/random-walk-off-policy": (
             OFF_POLICY,
-            6_000,
+            15_000,
             "FRODO predicts the value of another policy than the one that walks.",
         ),
         "frodo/random-walk-off-policy-blind": (
             replace(OFF_POLICY, sees_policies=False),
-            6_000,
+            15_000,
             "The same without both policies' probabilities among the target's inputs.",
         ),
         "td-lambda/random-walk-off-policy": (

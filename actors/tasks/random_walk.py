@@ -117,7 +117,7 @@ class RandomWalkOffPolicy(_RandomWalk):
 
     right: float = 0.8
     swing: float = 0.2
-    switch_every: int = 960
+    switch_every: int = 4800
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,7 +69,7 @@ CASES = [
     (RandomWalkFlip(flip_every=7), 0.5, flipping, 7),
     (RandomWalkFlip(states=3, flip_every=1), 0.5, flipping, 1),
     (RandomWalkFlip(states=9, flip_every=50, horizon=12), 0.5, flipping, 50),
-    (RandomWalkOffPolicy(), 0.8, golden, 960),
+    (RandomWalkOffPolicy(), 0.8, golden, 4800),
     (RandomWalkOffPolicy(states=7, right=0.3, horizon=9, switch_every=11), 0.3, golden, 11),
 ]
 
@@ -182,7 +182,7 @@ def test_what_the_policy_is_told():
     assert flip.target_policy == (0.5, 0.5)
     assert flip.behaviours == ()
     np.testing.assert_allclose(off_policy.behaviours, [(0.7, 0.3), (0.3, 0.7)])
-    assert off_policy.switch_every == 960
+    assert off_policy.switch_every == 4800
     assert RandomWalkOffPolicy(swing=0.0).spec.behaviours == ()
     np.testing.assert_allclose(off_policy.target_policy, (0.2, 0.8))
     for spec in (flip, off_policy):
