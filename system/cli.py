@@ -172,7 +172,7 @@ def evaluate(arguments: list[str]) -> int:
     """Metaloop evaluate RUN [flags]."""
     check_flags(arguments, flag_names(EvaluateArguments), "metaloop evaluate --help")
     parsed = tyro.cli(EvaluateArguments, args=arguments, prog="metaloop evaluate")
-    from system import evaluation, run
+    from system import comparison, evaluation, run
 
     changes = {
         name: value
@@ -184,6 +184,7 @@ def evaluate(arguments: list[str]) -> int:
         print(json.dumps(result))
     else:
         evaluation.print_table(result)
+        comparison.print_table(result)
     return 0
 
 

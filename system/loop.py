@@ -381,7 +381,9 @@ class Loop:
             1 if self.config.runtime.backend == "serial" else self.config.runtime.num_actors
         )
         if self.trials:
-            shown = trial_metrics(phases[-1].episodes)
+            optimum = getattr(getattr(self.family, "family", None), "optimum", None)
+            best = None if optimum is None else optimum(self.members)
+            shown = trial_metrics(phases[-1].episodes, best)
         elif not self.streams:
             found = [mean_of_finite(phase.member_return) for phase in phases]
             shown = {f"adapt/ep_rew_mean_{k}": mean for k, mean in enumerate(found)} | {
@@ -421,10 +423,19 @@ class Loop:
         return shown
 
 
-def trial_metrics(episodes: np.ndarray) -> Metrics:
-    """Mean return of a trial, [M, n], of its episodes, and of some of them by their number."""
+def trial_metrics(episodes: np.ndarray, best: np.ndarray | None) -> Metrics:
+    """Mean return of a trial, of its episodes, and of some of them by their number.
+
+    Args:
+        episodes: returns, [M, n].
+        best: what an episode returns to who knows the task, [M], or None; regret is measured to it.
+    """
     mean = episodes.mean(0).tolist()
     shown = {f"adapt/ep_rew_mean_{k}": mean[k] for k in landmarks(len(mean))}
+    if best is not None:
+        regret = (best.mean() - episodes.mean(0)).tolist()
+        shown |= {f"adapt/regret_{k}": regret[k] for k in landmarks(len(mean))}
+        shown["rollout/trial_regret"] = sum(regret)
     return shown | {
         "adapt/gain": mean[-1] - mean[0],
         "rollout/ep_rew_mean": sum(mean) / len(mean),

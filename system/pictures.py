@@ -43,6 +43,8 @@ def draw(described: Described) -> dict[str, np.ndarray]:
         images["lpg/pi_hat"] = update_directions(described["pi_hat"], described["advantage"])
         images["lpg/meaning"] = prediction_meaning(described["meaning"])
         images["lpg/course"] = course(described["course"])
+    if "trial_reward" in described:
+        images["rl2/trial"] = trial(described["trial_reward"], described["trial_entropy"])
     if "cells" in described:
         images["lpg/grid"] = grid(described)
     return images
@@ -205,6 +207,28 @@ def course(returns: np.ndarray) -> np.ndarray:
     if axes.get_lines():
         axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    return to_image(figure)
+
+
+def trial(reward: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+    """Mean reward and mean entropy of the policy at each step of a trial, [T] each."""
+    figure = new_figure(9.0, 5.0)
+    panels = figure.subplots(2, 1, sharex=True)
+    steps = np.arange(1, len(reward) + 1)
+    figure.suptitle("Inside a trial: what the hidden state learns")
+    window = max(1, len(reward) // 50)
+    smooth = np.convolve(reward, np.ones(window) / window, mode="valid")
+    panels[0].plot(steps, reward, color="tab:blue", alpha=0.3 if window > 1 else 1.0)
+    if window > 1:
+        panels[0].plot(steps[window - 1 :], smooth, color="tab:blue", label=f"mean of {window}")
+        panels[0].legend()
+    panels[0].set_ylabel("reward")
+    panels[1].plot(steps, entropy, color="tab:orange")
+    panels[1].set_ylabel("entropy (nats)")
+    panels[1].set_xlabel("step of the trial")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.01)
     return to_image(figure)
 
 

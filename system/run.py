@@ -19,11 +19,11 @@ from actors.tasks import load_family
 from learners.config import LpgAgentConfig
 from learners.core.errors import ConfigError
 from learners.core.trajectory import Metrics
-from system import evaluation, pictures, rules, run_folder
+from system import comparison, evaluation, pictures, rules, run_folder
 from system.backend import Backend
 from system.config import RunConfig, to_dict
 from system.learner_host import choose_device
-from system.loop import Counters, FailedEvaluation, Loop, SkippedUpdate
+from system.loop import Counters, FailedEvaluation, Loop, SkippedUpdate, evaluation_tasks
 from system.memory import check_replicas
 from system.progress import Progress
 from system.seeds import Stream, make_seeds
@@ -281,4 +281,7 @@ def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         loop.restore(run_folder.pop_loop_state(state))  # replicas have tasks of their own
         backend.learner("set_state", state)
         result = evaluate_now(config, loop)
+        if loop.trials:
+            tasks = evaluation_tasks(loop.family, config.seed, config.eval_tasks)
+            result |= comparison.compare(loop.family, tasks, config.seed)
     return result | {"iteration": counters.iteration, "env_steps": counters.env_steps}

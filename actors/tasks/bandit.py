@@ -54,6 +54,11 @@ class Bandit:
         """Means, independent and uniform."""
         return [{"means": means} for means in rng.uniform(size=(num_tasks, self.arms)).tolist()]
 
+    def optimum(self, tasks: Sequence[Task]) -> np.ndarray:
+        """What knowing the task earns in an episode, on average, [M]."""
+        best: np.ndarray = self.pulls * np.array([task["means"] for task in tasks]).max(1)
+        return best
+
     def make(self, num_envs: int) -> BanditEnv:
         """A batch of environments on the CPU."""
         return BanditEnv(self, num_envs)

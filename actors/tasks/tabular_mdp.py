@@ -11,6 +11,7 @@ from gymnasium.spaces import Discrete
 from torch import Tensor
 
 from actors.family import Task
+from actors.mdp_opponents import mdp_optimum
 from actors.tasks.array_env import ArrayEnv
 from actors.tasks.checks import check_whole, task_array
 from learners.core.trajectory import Spec
@@ -59,6 +60,17 @@ class TabularMDP:
             }
             for _ in range(num_tasks)
         ]
+
+    def tables(self, tasks: Sequence[Task]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean rewards [M, S, A] and transition probabilities [M, S, A, S] of M tasks."""
+        shape = (len(tasks), self.states, self.actions)
+        reward = np.array([task["mean_reward"] for task in tasks]).reshape(shape)
+        transition = np.array([task["transition"] for task in tasks])
+        return reward, transition.reshape(*shape, self.states)
+
+    def optimum(self, tasks: Sequence[Task]) -> np.ndarray:
+        """What knowing the task earns in an episode, on average, [M]."""
+        return mdp_optimum(*self.tables(tasks), 1, self.horizon)
 
     def make(self, num_envs: int) -> TabularMDPEnv:
         """A batch of environments on the CPU."""
