@@ -13,8 +13,9 @@ InnerLoss = Literal["log_prob", "likelihood_ratio", "dice"]
 Activation = Literal["tanh", "relu"]
 LirpgForm = Literal["ppo", "a2c"]
 OptimizerName = Literal["sgd", "rmsprop", "adam"]
+Outer = Literal["ppo", "trpo"]
 Teacher = Literal["rule", "a2c", "reinforce", "none"]
-TEACHERS = get_args(Teacher)
+TEACHERS, OUTERS = get_args(Teacher), get_args(Outer)
 INNER_LOSSES, ACTIVATIONS = get_args(InnerLoss), get_args(Activation)
 LIRPG_FORMS, OPTIMIZER_NAMES = get_args(LirpgForm), get_args(OptimizerName)
 
@@ -459,6 +460,8 @@ class LpgAgentConfig:
 class Rl2Config:
     """RL²: a recurrent policy that learns inside a trial (Duan et al. 2016)."""
 
+    outer: Outer = "ppo"
+    """How the policy learns: ppo, or trpo as in the paper. The value's epochs are the same."""
     gamma: float = 0.99
     """γ, discount per environment step, the ends of inner episodes notwithstanding."""
     gae_lambda: float = 0.3
@@ -487,11 +490,27 @@ class Rl2Config:
     """Units of the GRU of the policy, and of that of the value."""
     init_std: float = 1.0
     """Standard deviation of the untrained Gaussian policy, in units of the action."""
+    max_kl: float = 0.01
+    """δ of trpo, largest mean KL divergence of a step."""
+    cg_steps: int = 10
+    """Products of trpo's conjugate gradient."""
+    cg_damping: float = 1e-3
+    """Added to the diagonal of trpo's curvature."""
+    line_search_ratio: float = 0.8
+    """Shrinkage of each further try of trpo's line search."""
+    line_search_tries: int = 15
+    """Its largest number of tries."""
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
         check_minibatches(self.num_epochs, self.num_minibatches)
-        check_whole("width", self.width)
+        for name in ("width", "cg_steps", "line_search_tries"):
+            check_whole(name, getattr(self, name))
+        if self.outer not in OUTERS:
+            raise ConfigError(f"outer must be one of {OUTERS}, not {self.outer!r}")
+        check_number("line_search_ratio", self.line_search_ratio, 0.0, 1.0)
+        check_positive("max_kl", self.max_kl)
+        check_number("cg_damping", self.cg_damping, 0.0, sys.float_info.max)
         for name in ("gamma", "gae_lambda"):
             check_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("clip_ratio", "lr", "max_grad_norm", "init_std"):

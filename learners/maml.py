@@ -58,6 +58,7 @@ from learners.core.trajectory import (
     mean_episode_return,
     sum_in_order,
 )
+from learners.core.trust_region import Curvature
 
 INNER_LR = "inner_lr."
 
@@ -153,41 +154,22 @@ class MamlTrpo:
 
         def product(vector: Tensor) -> Tensor:
             direction = unflatten(vector, meta_params)
-            parts = map_blocks(
-                lambda graph: graph.fisher_product(meta_params, direction), graphs, device
+            return reduce(
+                map_blocks(
+                    lambda graph: graph.fisher_product(meta_params, direction), graphs, device
+                )
             )
-            return reduce(parts) + c.cg_damping * vector
 
-        direction = trust_region.conjugate_gradient(product, gradient, c.cg_steps)
-        loss = torch.tensor(start_loss)
-        check_params({"loss": loss, "gradient": gradient, "direction": direction}, "meta")
-        step = trust_region.scale_to_kl(direction, product, c.max_kl)
-        old = [graph.dist for graph in graphs]
-        found = trust_region.line_search(
-            self.evaluation(meta_params, blocks, old, reduce),
-            start,
-            step,
-            start_loss,
-            c.max_kl,
-            c.line_search_ratio,
-            c.line_search_tries,
-        )
-        new = detach(unflatten(found.vector, meta_params))
+        old = [graph.curvature.dist for graph in graphs]
+        evaluate = self.evaluation(meta_params, blocks, old, reduce)
+        vector, metrics = trust_region.step(start, start_loss, gradient, product, evaluate, c)
+        new = detach(unflatten(vector, meta_params))
         check_params(new, "meta_params")
         inner = {
             f"inner/{name}": sum(graph.inner_metrics[name] for graph in graphs)
             for name in graphs[0].inner_metrics
         }
-        metrics = inner | {
-            "meta/loss": found.loss,
-            "meta/loss_before": start_loss,
-            "meta/grad_norm": float(gradient.norm()),
-            "meta/kl": found.kl,
-            "meta/step_norm": float((found.vector - start).norm()),
-            "meta/line_search_tries": float(found.num_tries),
-            "meta/step_accepted": float(found.accepted),
-        }
-        return {"meta_params": new}, metrics
+        return {"meta_params": new}, inner | metrics
 
     # --- Parts ---
 
@@ -281,11 +263,7 @@ class Linearised:
     """A block's adaptation around η, with the graphs that all products of an iteration share."""
 
     loss: Tensor  # [], the block's share of the outer loss
-    dist: Distribution  # π_θK at the query observations, detached
-    outputs: tuple[Tensor, ...]  # the parameters of `dist`, with graph to η
-    probe: tuple[Tensor, ...]  # u, shaped like `outputs`
-    pulled: tuple[Tensor, ...]  # Jᵀ u per meta-parameter, with graph to u
-    weight: Tensor  # [M, T·E], share of each query step in the mean over steps and members
+    curvature: Curvature  # of π_θK at the query observations, by η
     inner_metrics: Metrics
 
     @staticmethod
@@ -293,18 +271,13 @@ class Linearised:
         """Builds the graphs; `meta_params` must record gradient."""
         trace = learner.adapt(meta_params, block, create_graph=True)
         dist = learner.policy.distribution(trace[-1], block.query.obs)
-        probe = tuple(torch.zeros_like(output, requires_grad=True) for output in dist.tensors)
-        pulled = gradients(dist.tensors, meta_params, probe, create_graph=True)
         valid = block.query.valid.flatten(1)
-        frozen = type(dist)(*(output.detach() for output in dist.tensors))
+        weight = valid / valid.sum(1, keepdim=True).clamp_min(1.0) * block.share
+        curvature = Curvature.at(dist, meta_params, weight)
         return Linearised(
             loss=learner.objective(trace, dist, block),
-            dist=frozen,
-            outputs=dist.tensors,
-            probe=probe,
-            pulled=tuple(pulled.values()),
-            weight=valid / valid.sum(1, keepdim=True).clamp_min(1.0) * block.share,
-            inner_metrics=inner_metrics(learner, trace, frozen, block),
+            curvature=curvature,
+            inner_metrics=inner_metrics(learner, trace, curvature.dist, block),
         )
 
     def gradient(self, meta_params: Params) -> Tensor:
@@ -313,13 +286,7 @@ class Linearised:
 
     def fisher_product(self, meta_params: Params, vector: Params) -> Tensor:
         """Jᵀ F J v, [P] float64."""
-        along = [vector[name] for name in meta_params]
-        tangents = torch.autograd.grad(
-            self.pulled, self.probe, along, retain_graph=True, materialize_grads=True
-        )
-        cotangents = self.dist.fisher(tangents, self.weight)
-        product = gradients(self.outputs, meta_params, cotangents, retain_graph=True)
-        return flatten(product).double()
+        return self.curvature.product(meta_params, vector)
 
 
 def inner_metrics(

@@ -10,6 +10,9 @@
             L = mean[ −min(r Â, clip(r, 1 ± ε) Â) ] + c_v mean[ huber(V − R) ] − c_e mean H(π)
             θ ← (1 − α w) θ − α Adam clip ∇θ L                           policy and value apart
 
+With `outer` trpo, as in the paper, the policy makes one step of TRPO on all of D instead, whose
+curvature is that of the first minibatch of it.
+
 There is no other adaptation: what a trial has taught lies in the hidden state. Policy and value are
 a GRU each. The trial's own end is known, so that nothing is bootstrapped.
 
@@ -29,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from learners.config import Rl2Config
+from learners.core import trust_region
 from learners.core.actor_critic import (
     POLICY,
     VALUE,
@@ -38,14 +42,24 @@ from learners.core.actor_critic import (
     part,
     prefixed,
 )
+from learners.core.blocks import block_bounds
 from learners.core.contract import Agents, State, check_params
 from learners.core.errors import ConfigError
 from learners.core.gru import GruNetwork, GruPolicy
 from learners.core.optim import Adam, clip_by_norm
-from learners.core.params import expand_members, gradients, leaves
+from learners.core.params import (
+    detach,
+    expand_members,
+    flatten,
+    gradients,
+    leaves,
+    unflatten,
+)
+from learners.core.policy import Distribution
 from learners.core.replicas import Online
 from learners.core.returns import gae
 from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+from learners.core.trust_region import Curvature
 
 OPTIMIZER = Adam(eps=1e-5)
 MEMORY = 0.9
@@ -144,17 +158,22 @@ class Rl2(Online):
             c.num_epochs,
             c.num_minibatches,
         )
+        natural: Metrics = {}
+        if c.outer == "trpo":
+            params, natural = self.natural_step(params, trials, reduce)
         totals: dict[str, Tensor] = {}
         for (rows,) in order.to(trials.valid.device):
             leaf = leaves(params)
             loss, parts = self.loss(leaf, trials.take(rows))
-            grads, norms = self.clipped(gradients(loss, leaf))
-            shrunk = {name: p * (1.0 - lr * c.weight_decay) for name, p in params.items()}
-            params, slots = OPTIMIZER.update(shrunk, grads, slots, lr)
+            trained = {n: p for n, p in leaf.items() if c.outer == "ppo" or n.startswith(VALUE)}
+            grads, norms = self.clipped(gradients(loss, trained))
+            shrunk = {name: p.detach() * (1.0 - lr * c.weight_decay) for name, p in trained.items()}
+            new, kept = OPTIMIZER.update(shrunk, grads, slots, lr)
+            params, slots = params | new, slots | kept
             for name, value in (parts | norms).items():
                 totals[name] = totals.get(name, torch.zeros(())) + value.detach().cpu()
         check_params(params, "params")
-        metrics = {name: float(total) / len(order) for name, total in totals.items()}
+        metrics = {name: float(total) / len(order) for name, total in totals.items()} | natural
         counters = state["counters"] | {"num_updates": count + 1}
         groups = {"params": params, "optimizer": slots, "returns": moments, "counters": counters}
         return state | groups, metrics | {"rl2/explained_variance": explained}
@@ -246,12 +265,61 @@ class Rl2(Online):
         }
         return loss, parts
 
+    def natural_step(
+        self, params: Params, trials: Trials, reduce: Reduce
+    ) -> tuple[Params, Metrics]:
+        """The policy after a step of TRPO on all trials; its curvature is that of some of them."""
+        c, num_trials = self.config, trials.valid.shape[1]
+        blocks = block_bounds(num_trials, num_trials // c.num_minibatches)
+        rows = [torch.arange(*bounds, device=trials.valid.device) for bounds in blocks]
+        shares = [trials.valid[:, own].sum() / trials.valid.sum() for own in rows]
+        leaf = leaves(part(params, POLICY))
+        start = flatten(detach(leaf)).double()
+
+        def objective(policy: Params, own: Tensor) -> tuple[Tensor, Distribution]:
+            some = trials.take(own)
+            dist = self.policy.distribution(policy, some.obs)
+            log_ratio = dist.log_prob(some.action) - some.log_prob
+            gain = (clipped_surrogate(log_ratio, some.advantage, None) * some.valid).sum()
+            entropy = (dist.entropy().expand_as(some.valid) * some.valid).sum()
+            return (gain - c.entropy_coef * entropy) / some.valid.sum(), dist
+
+        losses = [share * objective(leaf, own)[0] for share, own in zip(shares, rows, strict=True)]
+        gradient = reduce([flatten(gradients(loss, leaf)).double() for loss in losses])
+        with torch.no_grad():
+            before = [objective(leaf, own)[1] for own in rows]
+        weight = trials.valid[:, rows[0]]
+        # The library's second derivative of a GRU is written in steps; its fast one has none.
+        with torch.backends.cudnn.flags(enabled=False):
+            dist = self.policy.distribution(leaf, trials.obs[:, rows[0]])
+            curvature = Curvature.at(dist, leaf, weight / weight.sum())
+
+        def product(vector: Tensor) -> Tensor:
+            return reduce([curvature.product(leaf, unflatten(vector, leaf))])
+
+        def evaluate(vector: Tensor) -> tuple[float, float]:
+            with torch.no_grad():
+                policy, loss, kl = unflatten(vector, leaf), 0.0, 0.0
+                for own, share, old in zip(rows, shares, before, strict=True):
+                    found, dist = objective(policy, own)
+                    valid = trials.valid[:, own]
+                    moved = (old.kl(dist) * valid).sum() / valid.sum()  # type: ignore[arg-type]
+                    loss, kl = loss + float(share * found), kl + float(share * moved)
+            return loss, kl
+
+        start_loss = float(reduce([loss.detach() for loss in losses]))
+        vector, metrics = trust_region.step(start, start_loss, gradient, product, evaluate, c)
+        new = prefixed(detach(unflatten(vector, leaf)), POLICY)
+        return params | new, metrics
+
     def clipped(self, grads: Params) -> tuple[Params, dict[str, Tensor]]:
         """Gradients of each network scaled down to the largest norm, and both norms before."""
         clipped: Params = {}
         norms: dict[str, Tensor] = {}
         for prefix, name in ((POLICY, "meta/grad_norm"), (VALUE, "rl2/value_grad_norm")):
             own = {n: g for n, g in grads.items() if n.startswith(prefix)}
+            if not own:
+                continue
             own, norm = clip_by_norm(own, self.config.max_grad_norm)
             clipped |= own
             norms[name] = norm[0]

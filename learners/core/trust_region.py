@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from learners.core.errors import NonFiniteError
+from learners.core.params import flatten, gradients
+from learners.core.policy import Distribution
+from learners.core.trajectory import Metrics, Params
 
 Product = Callable[[Tensor], Tensor]
 """v ↦ A v for a symmetric positive semi-definite A, [P] → [P]."""
@@ -85,3 +91,109 @@ def line_search(
         if loss < start_loss and kl <= max_kl:
             return LineSearch(candidate, True, attempt + 1, loss, kl)
     return LineSearch(start, False, max_tries, start_loss, 0.0)
+
+
+class Settings(Protocol):
+    """What a step needs of a configuration."""
+
+    @property
+    def max_kl(self) -> float:
+        """δ, largest mean KL divergence of a step."""
+        ...
+
+    @property
+    def cg_steps(self) -> int:
+        """Products of the conjugate gradient."""
+        ...
+
+    @property
+    def cg_damping(self) -> float:
+        """Added to the diagonal of the curvature."""
+        ...
+
+    @property
+    def line_search_ratio(self) -> float:
+        """Shrinkage of each further try."""
+        ...
+
+    @property
+    def line_search_tries(self) -> int:
+        """The largest number of tries."""
+        ...
+
+
+def step(
+    start: Tensor,
+    start_loss: float,
+    gradient: Tensor,
+    product: Product,
+    evaluate: Callable[[Tensor], tuple[float, float]],
+    settings: Settings,
+) -> tuple[Tensor, Metrics]:
+    """One whole step: where it leads, [P], and what there is to say of it.
+
+    Args:
+        start: θ, [P] float64.
+        start_loss: the loss at θ.
+        gradient: of the loss at θ, [P] float64.
+        product: with the curvature, without damping.
+        evaluate: point [P] ↦ (loss, KL to the policy at θ).
+        settings: of the step.
+
+    Raises:
+        NonFiniteError: loss, gradient or direction are not finite.
+    """
+    s = settings
+
+    def damped(vector: Tensor) -> Tensor:
+        return product(vector) + s.cg_damping * vector
+
+    direction = conjugate_gradient(damped, gradient, s.cg_steps)
+    for name, tensor in (
+        ("loss", torch.tensor(start_loss)),
+        ("gradient", gradient),
+        ("direction", direction),
+    ):
+        if not bool(tensor.isfinite().all()):
+            raise NonFiniteError(f"meta/{name}")
+    whole = scale_to_kl(direction, damped, s.max_kl)
+    found = line_search(
+        evaluate, start, whole, start_loss, s.max_kl, s.line_search_ratio, s.line_search_tries
+    )
+    return found.vector, {
+        "meta/loss": found.loss,
+        "meta/loss_before": start_loss,
+        "meta/grad_norm": float(gradient.norm()),
+        "meta/kl": found.kl,
+        "meta/step_norm": float((found.vector - start).norm()),
+        "meta/line_search_tries": float(found.num_tries),
+        "meta/step_accepted": float(found.accepted),
+    }
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The Fisher matrix of a policy's mean distribution, as products that share their graphs."""
+
+    dist: Distribution  # detached
+    outputs: tuple[Tensor, ...]  # the parameters of `dist`, with graph to the policy's
+    probe: tuple[Tensor, ...]  # u, shaped like `outputs`
+    pulled: tuple[Tensor, ...]  # Jᵀ u per parameter, with graph to u
+    weight: Tensor  # [M, N], share of each step in the mean
+
+    @staticmethod
+    def at(dist: Distribution, params: Params, weight: Tensor) -> Curvature:
+        """Builds the graphs; `dist` must have gradient to `params`, twice."""
+        probe = tuple(torch.zeros_like(output, requires_grad=True) for output in dist.tensors)
+        pulled = gradients(dist.tensors, params, probe, create_graph=True)
+        frozen = type(dist)(*(output.detach() for output in dist.tensors))
+        return Curvature(frozen, dist.tensors, probe, tuple(pulled.values()), weight)
+
+    def product(self, params: Params, vector: Params) -> Tensor:
+        """Jᵀ F J v, [P] float64."""
+        along = [vector[name] for name in params]
+        tangents = torch.autograd.grad(
+            self.pulled, self.probe, along, retain_graph=True, materialize_grads=True
+        )
+        cotangents = self.dist.fisher(tangents, self.weight)
+        return flatten(gradients(self.outputs, params, cotangents, retain_graph=True)).double()

@@ -87,7 +87,7 @@ def test_fisher_product_equals_the_hessian_of_the_mean_kl(case):
         for block, graph in zip(blocks, graphs, strict=True):
             adapted = learner.adapt(moved, block, create_graph=True)[-1]
             new = as_torch(learner.policy.distribution(adapted, block.query.obs))
-            kl = torch.distributions.kl_divergence(as_torch(graph.dist), new)
+            kl = torch.distributions.kl_divergence(as_torch(graph.curvature.dist), new)
             per_member.append(kl[block.query.valid.flatten(1) > 0.0].mean())
         return torch.stack(per_member).mean()
 

@@ -8,7 +8,9 @@ import torch
 from learners.config import Rl2Config
 from learners.core.actor_critic import POLICY, VALUE, part
 from learners.core.errors import ConfigError, NonFiniteError
+from learners.core.params import flatten
 from learners.core.trajectory import Spec, Trajectory
+from learners.core.trust_region import Curvature
 from learners.registry import make_learner
 from learners.rl2 import OPTIMIZER, Rl2
 
@@ -227,7 +229,7 @@ def test_two_minibatches_see_every_trial_once_an_epoch(monkeypatch):
     learner.meta_update(state, [], [batch])
     assert len(seen) == 4
     for epoch in (seen[:2], seen[2:]):
-        assert sorted(sum(epoch, [])) == sorted(batch.obs[:, 0, 0, 0].tolist())
+        assert sorted(epoch[0] + epoch[1]) == sorted(batch.obs[:, 0, 0, 0].tolist())
     assert seen[:2] != seen[2:]
 
 
@@ -259,6 +261,42 @@ def test_continuous_actions():
     after, metrics = learner.meta_update(state, [], [make_batch(learner, state)])
     assert bool((after["params"][POLICY + "log_std"] != state["params"][POLICY + "log_std"]).all())
     assert metrics["meta/grad_norm"] > 0.0
+
+
+# TRPO
+
+
+def test_trpo_improves_the_policy_within_the_trust_region():
+    learner = make(outer="trpo", max_kl=0.005)
+    state = started(learner)
+    after, metrics = learner.meta_update(state, [], [make_batch(learner, state, ends=4)])
+    assert metrics["meta/step_accepted"] == 1.0
+    assert metrics["meta/loss"] < metrics["meta/loss_before"]
+    assert 0.002 < metrics["meta/kl"] <= 0.005
+    for name, p in after["params"].items():
+        assert not torch.equal(p, state["params"][name]), name
+    before, now = state["optimizer"], after["optimizer"]
+    for name in before:
+        same = torch.equal(before[name], now[name])
+        assert same == name.startswith(("m." + POLICY, "v." + POLICY)), name
+
+
+def test_the_curvature_is_the_second_derivative_of_the_kl_through_the_whole_trial():
+    learner = make()
+    state = started(learner)
+    trials, _, _ = learner.prepared(state, make_batch(learner, state, ends=4))
+    policy = {n: p.clone().requires_grad_() for n, p in part(state["params"], POLICY).items()}
+    weight = trials.valid / trials.valid.sum()
+    dist = learner.policy.distribution(policy, trials.obs)
+    curvature = Curvature.at(dist, policy, weight)
+    generator = torch.Generator().manual_seed(0)
+    vector = {n: torch.randn(p.shape, generator=generator).double() for n, p in policy.items()}
+    found = curvature.product(policy, vector)
+    kl = (curvature.dist.kl(learner.policy.distribution(policy, trials.obs)) * weight).sum()
+    first = torch.autograd.grad(kl, list(policy.values()), create_graph=True)
+    along = sum((g * vector[n]).sum() for n, g in zip(policy, first, strict=True))
+    second = torch.autograd.grad(along, list(policy.values()))
+    torch.testing.assert_close(found, flatten(dict(zip(policy, second, strict=True))))
 
 
 def test_what_happens_inside_a_trial():
@@ -301,6 +339,12 @@ def test_tasks_that_are_no_trials_are_refused():
         ("weight_decay", -1.0),
         ("entropy_coef", -1.0),
         ("lr_decay_updates", -1),
+        ("outer", "sgd"),
+        ("max_kl", 0.0),
+        ("cg_steps", 0),
+        ("cg_damping", -1.0),
+        ("line_search_ratio", 1.5),
+        ("line_search_tries", 0),
     ],
 )
 def test_values_that_no_run_could_use_are_refused_by_name(name, value):

@@ -30,6 +30,7 @@ TAGS = [
     "lpg/grid",
     "lpg/meaning",
     "lpg/pi_hat",
+    "rl2/trial",
 ]
 
 
@@ -48,6 +49,8 @@ def described(seed=0, num_slices=3, num_frames=8):
         "target": rng.uniform(-1, 1, 30),
         "vtrace": rng.uniform(-1, 1, 30),
         "sensitivity": rng.uniform(0, 1, 6),
+        "trial_reward": rng.uniform(0, 1, 120),
+        "trial_entropy": rng.uniform(0, 1, 120),
         "pi_hat": rng.uniform(-1, 1, 30),
         "advantage": rng.uniform(-1, 1, 30),
         "meaning": rng.uniform(0, 1, (2, 6)),
