@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from learners.config import Rl2Config
 from system.config import RunConfig, TaskOption
 
+SMALL = Rl2Config(width=64, lr=1e-3, num_epochs=4, num_minibatches=8)
+"""Minutes on two cores."""
+
+LARGE = replace(SMALL, width=128, lr=5e-4, num_minibatches=10)
+"""For longer trials. The paper's own size is `--width 256 --num-epochs 8 --num-members 2500`."""
+
 
 def rl2(
-    preset: str,
+    name: str,
     task: str,
     options: dict[str, TaskOption],
     learner: Rl2Config,
     doc: str,
     **settings: int,
-) -> Callable[[], RunConfig]:
-    """A preset: as many trials a batch as `num_members`, collected in slots of a fourth."""
+) -> tuple[str, Callable[[], RunConfig]]:
+    """A preset: `num_members` trials a batch, collected in slots of a fourth."""
 
     def make() -> RunConfig:
         return RunConfig(
-            preset=f"rl2/{preset}",
+            preset=f"rl2/{name}",
             task=f"trials:{task}",
             task_options=options,
             learner=learner,
@@ -31,20 +38,102 @@ def rl2(
         )
 
     make.__doc__ = doc
-    return make
+    return f"rl2/{name}", make
 
 
-def bandit(arms: int, pulls: int, **settings: int) -> tuple[str, Callable[[], RunConfig]]:
-    """The preset of one bandit of the paper's table: a pull is an episode, a trial `pulls`."""
-    name = "bandit" if (arms, pulls) == (5, 10) else f"bandit-{pulls}-{arms}"
-    learner = Rl2Config(width=64, lr=1e-3, num_epochs=4, num_minibatches=8)
+def bandit(pulls: int, arms: int) -> tuple[str, Callable[[], RunConfig]]:
+    """A bandit of the paper's table: a pull is an episode."""
+    name = "bandit" if (pulls, arms) == (10, 5) else f"bandit-{pulls}-{arms}"
     options: dict[str, TaskOption] = {"arms": arms, "pulls": 1, "episodes": pulls}
-    doc = f"Bernoulli bandits of {arms} arms, {pulls} pulls a trial (Duan et al. 2016, table 1)."
-    return f"rl2/{name}", rl2(name, "bandit", options, learner, doc, **settings)
+    doc = f"Bernoulli bandits of {arms} arms, {pulls} pulls a trial (Duan et al. 2016)."
+    num_members, iterations, eval_tasks = {
+        10: (2000, 400, 50_000),
+        100: (500, 1000, 10_000),
+        500: (200, 1000, 10_000),
+    }[pulls]
+    return rl2(
+        name,
+        "bandit",
+        options,
+        SMALL if pulls == 10 else LARGE,
+        doc,
+        num_members=num_members,
+        iterations=iterations,
+        eval_tasks=eval_tasks,
+    )
 
+
+def tabular_mdp(episodes: int) -> tuple[str, Callable[[], RunConfig]]:
+    """A random MDP of 10 states and 5 actions: an episode is 10 steps."""
+    return rl2(
+        "tabular-mdp" if episodes == 10 else f"tabular-mdp-{episodes}",
+        "tabular-mdp",
+        {"episodes": episodes},
+        LARGE,
+        f"Random tabular MDPs, {episodes} episodes a trial (Duan et al. 2016).",
+        num_members=500 if episodes == 10 else 200,
+        iterations=1000,
+        eval_tasks=10_000,
+    )
+
+
+ROBOT = replace(
+    LARGE, gae_lambda=0.95, clip_ratio=0.2, entropy_coef=0.0, init_std=0.6, num_epochs=8
+)
+"""The settings of others' RL² on robots (λ, clip)."""
+
+MAZE = replace(LARGE, gae_lambda=0.99, num_minibatches=8)
+"""λ as the paper has it for its mazes."""
 
 RL2_PRESETS: dict[str, Callable[[], RunConfig]] = dict(
     [
-        bandit(5, 10, num_members=2000, iterations=300, eval_tasks=50_000),
+        *(bandit(pulls, arms) for pulls in (10, 100, 500) for arms in (5, 10, 50)),
+        *(tabular_mdp(episodes) for episodes in (10, 25, 50, 75, 100)),
+        rl2(
+            "navigation-2d",
+            "navigation-2d",
+            {"action_scale": 0.1, "episodes": 2},
+            replace(ROBOT, width=64),
+            "Find a goal in the plane in the first episode, go there in the second.",
+            num_members=200,
+            iterations=300,
+            eval_tasks=200,
+        ),
+        *(
+            rl2(
+                robot,
+                robot,
+                {"action_scale": 0.3, "episodes": 2},
+                ROBOT,
+                f"HalfCheetah, {what}: two episodes a trial.",
+                num_members=40,
+                iterations=500,
+                eval_tasks=40,
+            )
+            for robot, what in (
+                ("half-cheetah-dir", "forward or backward"),
+                ("half-cheetah-vel", "at a speed from U[0, 2] m/s"),
+            )
+        ),
+        rl2(
+            "maze",
+            "maze",
+            {"size": "small", "episodes": 2},
+            MAZE,
+            "Small mazes seen from within: the way to the target, twice (Duan et al. 2016).",
+            num_members=160,
+            iterations=600,
+            eval_tasks=1000,
+        ),
+        rl2(
+            "maze-large",
+            "maze",
+            {"size": "large", "episodes": 2},
+            MAZE,
+            "Large mazes seen from within, twice.",
+            num_members=80,
+            iterations=1000,
+            eval_tasks=1000,
+        ),
     ]
 )
