@@ -249,18 +249,14 @@ class FrodoConfig(ActorCriticSettings):
     """Q, batches from the query batch on whose rewards the outer loss waits for."""
     inner_optimizer: OptimizerName = "rmsprop"
     """What makes inner steps of the update direction; its slots live as long as the agent."""
-    outer_lambda: float = 1.0
-    """λ of the targets of the outer loss: 1 for returns as long as the data, less to lean on
-    values."""
     meta_lr: float = 1e-3
     """Step size of the target network."""
     consistency_coef: float = 0.1
     """c, weight of the consistency of successive targets in the outer loss."""
     residual: bool = False
     """The network adds to V-trace's target instead of replacing it."""
-    residual_corrects: bool = True
-    """Whether that target is corrected for the policy that acted; without it is the n-step return
-    of the data as they are, and the correction is the network's to discover."""
+    residual_gain: bool = False
+    """Instead of adding to it, the network scales how far V-trace's target lies from V."""
     outer_critic: bool = True
     """The outer loss has a critic of its own, which never sees a learned target; without it the
     agent's value rates the targets that it was trained on, as in the paper."""
@@ -280,6 +276,8 @@ class FrodoConfig(ActorCriticSettings):
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
         super().__post_init__()
+        if self.residual_gain and not self.residual:
+            raise ConfigError("residual_gain needs residual: there is nothing to scale without")
         for name in ("num_inner_updates", "num_outcome_batches", "target_width"):
             check_whole(name, getattr(self, name))
         for name in ("meta_lr", "critic_lr", "max_rho"):

@@ -19,7 +19,7 @@ Where the specification has a target policy there is nothing to control: then d 
 π is that policy, and L_out the squared error of V to V-trace's target, which is the observed return
 where the data see the episode's end. Chunks should be short, since θ moves once in each, and
 returns long: so L_out may wait for the rewards of Q chunks (`num_outcome_batches`), τ_K … τ_K+Q−1,
-before it rates V on τ_K. Windows then overlap: each still begins K batches after the last.
+before it rates a policy on τ_K, or the values of a given one on all of them. Windows then overlap: each still begins K batches after the last.
 
 The paper's code is not public. Choices made here where it leaves them open:
   - Advantages and targets of L_out come from a critic of its own, V_out, which learns V-trace's
@@ -30,7 +30,10 @@ The paper's code is not public. Choices made here where it leaves them open:
   - The consistency loss is taken on τ_K, with θ_K a constant; steps at the chunk's end have no
     successor and are left out; where an episode terminates the target is to equal r.
   - g starts near 0 (a small head): until η has moved, the agent stays as it is. `residual` starts
-    from V-trace's target instead, to which the network's output is added.
+    from V-trace's target instead, to which the network's output is added, or, with `residual_gain`,
+    whose distance from V it scales: g = V + e^o (v − V), at most tenfold. An outer loss that looks a
+    few updates ahead hardly sees what a lasting bias of the target does to V in the long run, and
+    what is added can be one; what scales an error that is 0 on average cannot.
   - Inner steps are RMSProp with ε inside the root, Adam with a second moment that is a constant in
     the graph, or SGD. η moves by Adam.
 
@@ -39,6 +42,7 @@ The M members are replicas: each has a θ, an η and a critic of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +62,7 @@ from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in
 
 META_OPTIMIZER = Adam(eps=1e-5)
 CRITIC_OPTIMIZER = Adam(eps=1e-5)
+MAX_LOG_GAIN = math.log(10.0)
 
 
 @dataclass(frozen=True)
@@ -189,13 +194,11 @@ class Frodo(Replicas):
         learned = self.network(meta_params, self.inputs(view, batch), batch.ended)
         if not self.config.residual:
             return learned
-        return learned + self.canonical(view, batch)
-
-    def canonical(self, view: View, batch: Trajectory) -> Tensor:
-        """What the network's output is added to in the residual form, [M, T, E]."""
-        if not self.config.residual_corrects:
-            view = View(batch.log_prob, view.entropy, view.value, view.next_value)
-        return self.vtrace(view, batch)[0]
+        canonical, _ = self.vtrace(view, batch)
+        if self.config.residual_gain:
+            gain = learned.clamp(-MAX_LOG_GAIN, MAX_LOG_GAIN).exp()
+            return view.value + gain * (canonical - view.value)
+        return learned + canonical
 
     def inputs(self, view: View, batch: Trajectory) -> Tensor:
         """What the target network sees, [M, T, E, I]; gradient flows to the view."""
@@ -313,17 +316,17 @@ class Frodo(Replicas):
     def outer_targets(self, view: View, state: State, batch: Trajectory) -> tuple[Tensor, Tensor]:
         """V-trace's targets and advantages for the outer loss, [M, T, E], without gradient."""
         with torch.no_grad():
-            group = "critic" if self.config.outer_critic else "params"
-            rated = self.rated(view, state[group], batch)
-            return self.vtrace(rated, batch, self.config.outer_lambda)
+            if self.config.outer_critic:
+                view = self.rated(view, state["critic"], batch)
+            return self.vtrace(view, batch)
 
     def outer_loss(self, view: View, target: Tensor, advantage: Tensor) -> Tensor:
         """Loss of each replica [M] at θ_K, on τ_K; targets and advantages are constants."""
         c = self.config
-        error = (view.value - target)[:, : c.num_steps]
-        value_loss = 0.5 * error.square().mean((1, 2))
+        error = view.value - target
         if self.spec.target_policy is not None:
-            return value_loss
+            return 0.5 * error.square().mean((1, 2))
+        value_loss = 0.5 * error[:, : c.num_steps].square().mean((1, 2))
         policy_loss = -(advantage * view.log_prob)[:, : c.num_steps].mean((1, 2))
         return policy_loss + c.outer_value_coef * value_loss - c.outer_entropy_coef * view.entropy
 
@@ -379,7 +382,7 @@ class Frodo(Replicas):
         count = int(state["counters"]["num_updates"][0])
         return decayed(c.lr, count + offset, c.lr_decay_updates)
 
-    def vtrace(self, view: View, batch: Trajectory, lam: float = 1.0) -> tuple[Tensor, Tensor]:
+    def vtrace(self, view: View, batch: Trajectory) -> tuple[Tensor, Tensor]:
         """V-trace's targets and advantages of a view, [M, T, E]."""
         c = self.config
         return vtrace(
@@ -390,7 +393,6 @@ class Frodo(Replicas):
             view.log_prob - batch.log_prob,
             c.gamma,
             c.max_rho,
-            lam,
         )
 
     def prepared(self, batch: Trajectory, state: State) -> Trajectory:

@@ -98,13 +98,12 @@ def vtrace(
     log_ratio: Tensor,
     gamma: float,
     max_rho: float = 1.0,
-    lam: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """V-trace (Espeholt et al. 2018, eq. 1 and section 4.2), all [M, T, E].
 
     δ_t = ρ_t (r_t + γ V_{t+1} − V_t) and v_t = V_t + δ_t + γ c_t (v_{t+1} − V_{t+1}) with
-    ρ_t = min(max_rho, π/μ) and c_t = λ min(1, π/μ). On the policy's own data and with λ = 1 v_t is
-    the return up to the end of the chunk, bootstrapped there.
+    ρ_t = min(max_rho, π/μ) and c_t = min(1, π/μ). On the policy's own data v_t is the return up to
+    the end of the chunk, bootstrapped there.
 
     Args:
         reward: r_t.
@@ -114,7 +113,6 @@ def vtrace(
         log_ratio: log π(a|s) − log μ(a|s), π learned and μ acting.
         gamma: γ.
         max_rho: upper bound of ρ.
-        lam: λ.
 
     Returns:
         The targets v_t, and the advantages ρ_t (r_t + γ v_{t+1} − V_t).
@@ -123,7 +121,7 @@ def vtrace(
     rho = ratio.clamp_max(max_rho)
     going = 1.0 - ended
     delta = rho * (reward + gamma * next_value - value)
-    excess = reverse_scan(delta, gamma * lam * ratio.clamp_max(1.0) * going)
+    excess = reverse_scan(delta, gamma * ratio.clamp_max(1.0) * going)
     later = torch.cat([excess[:, 1:], torch.zeros_like(excess[:, :1])], 1) * going
     return value + excess, rho * (reward + gamma * (next_value + later) - value)
 

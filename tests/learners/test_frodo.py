@@ -123,7 +123,13 @@ def test_meta_gradient_equals_finite_differences(form, optimizer, num_inner_upda
 
 
 @pytest.mark.parametrize(
-    "settings", [{"residual": True}, {"outer_critic": False}, {"outer_entropy_coef": 0.2}]
+    "settings",
+    [
+        {"residual": True},
+        {"residual": True, "residual_gain": True},
+        {"outer_critic": False},
+        {"outer_entropy_coef": 0.2},
+    ],
 )
 def test_meta_gradient_of_the_options_equals_finite_differences(settings):
     learner = make_learner("discrete", Whole, inner_optimizer="rmsprop", **settings)
@@ -260,8 +266,10 @@ def test_the_outer_loss_waits_for_later_rewards_and_windows_overlap():
             assert torch.equal(p, states[first]["params"][name])
 
 
-def test_later_rewards_change_what_the_value_is_held_against_on_the_query_batch_alone():
-    learner = make_learner("prediction", num_outcome_batches=2, outer_critic=False)
+@pytest.mark.parametrize("form", ["prediction", "discrete"])
+def test_later_rewards_change_what_values_are_held_against(form):
+    """A given policy is rated on all that is waited for, one that is learned on τ_K alone."""
+    learner = make_learner(form, num_outcome_batches=2, outer_critic=False)
     state, _, query = window_of(learner)
     later = learner.prepared(make_stream(learner, state, seed=9), state)
     both = joined([query, later])
@@ -270,7 +278,12 @@ def test_later_rewards_change_what_the_value_is_held_against_on_the_query_batch_
     target, advantage = learner.outer_targets(view, state, both)
     loss = learner.outer_loss(view, target, advantage)
     own = query.reward.shape[1]
-    expected = 0.5 * (view.value - target)[:, :own].square().mean((1, 2))
+    expected = 0.5 * (view.value - target).square().mean((1, 2))
+    if form == "discrete":
+        c = learner.config
+        expected = c.outer_value_coef * 0.5 * (view.value - target)[:, :own].square().mean((1, 2))
+        expected -= (advantage * view.log_prob)[:, :own].mean((1, 2))
+        expected -= c.outer_entropy_coef * view.entropy
     torch.testing.assert_close(loss, expected)
     alone = learner.view(state["params"], query)
     short, _ = learner.outer_targets(alone, state, query)
@@ -286,7 +299,7 @@ def test_without_its_own_critic_the_agent_rates_itself():
     assert not any(group.startswith("critic") for group in state)
     adapted = unrolled(learner, state, state["meta_params"], window)
     view = learner.view(adapted, query)
-    expected = learner.vtrace(learner.rated(view, state["params"], query), query)
+    expected = learner.vtrace(view, query)
     for found, own in zip(learner.outer_targets(view, state, query), expected, strict=True):
         torch.testing.assert_close(found, own.detach())
 
@@ -368,6 +381,24 @@ def test_a_learner_that_predicts_never_learns_to_act_and_reports_its_error():
         assert metrics["replica/value_error_1"] == pytest.approx(own)
     for name, p in learner.begin(state, 2)[1].params.items():
         assert torch.equal(p, acting[name])
+
+
+def test_a_gain_scales_how_far_the_canonical_target_lies_from_the_value():
+    learner = make_learner(residual=True, residual_gain=True)
+    state, window, _ = window_of(learner)
+    view = learner.view(state["params"], window[0])
+    canonical, _ = learner.vtrace(view, window[0])
+    output = learner.network(state["meta_params"], learner.inputs(view, window[0]), window[0].ended)
+    target = learner.target(state["meta_params"], view, window[0])
+    torch.testing.assert_close(target - view.value, output.exp() * (canonical - view.value))
+    loud = {n: p + 100.0 * ("head.layer0.bias" in n) for n, p in state["meta_params"].items()}
+    most = learner.target(loud, view, window[0])
+    torch.testing.assert_close(most - view.value, 10.0 * (canonical - view.value))
+
+
+def test_a_gain_without_a_canonical_target_is_refused():
+    with pytest.raises(ConfigError, match="residual_gain needs residual"):
+        FrodoConfig(residual_gain=True)
 
 
 @pytest.mark.parametrize("residual", [True, False])
