@@ -19,7 +19,8 @@ Where the specification has a target policy there is nothing to control: then d 
 π is that policy, and L_out the squared error of V to V-trace's target, which is the observed return
 where the data see the episode's end. Chunks should be short, since θ moves once in each, and
 returns long: so L_out may wait for the rewards of Q chunks (`num_outcome_batches`), τ_K … τ_K+Q−1,
-before it rates a policy on τ_K, or the values of a given one on all of them. Windows then overlap: each still begins K batches after the last.
+before it rates a policy on τ_K, or the values of a given one on all of them. Windows then overlap:
+each still begins K batches after the last.
 
 The paper's code is not public. Choices made here where it leaves them open:
   - Advantages and targets of L_out come from a critic of its own, V_out, which learns V-trace's
@@ -30,10 +31,10 @@ The paper's code is not public. Choices made here where it leaves them open:
   - The consistency loss is taken on τ_K, with θ_K a constant; steps at the chunk's end have no
     successor and are left out; where an episode terminates the target is to equal r.
   - g starts near 0 (a small head): until η has moved, the agent stays as it is. `residual` starts
-    from V-trace's target instead, to which the network's output is added, or, with `residual_gain`,
-    whose distance from V it scales: g = V + e^o (v − V), at most tenfold. An outer loss that looks a
-    few updates ahead hardly sees what a lasting bias of the target does to V in the long run, and
-    what is added can be one; what scales an error that is 0 on average cannot.
+    from V-trace's target instead. The network's output o is added to it or, with `residual_gain`,
+    scales how far it lies from V: g = V + e^o (v − V), at most tenfold. An outer loss that looks a
+    few updates ahead hardly sees what a lasting bias of the target does to V in the long run. What
+    is added can be one; what scales an error that is 0 on average cannot.
   - Inner steps are RMSProp with ε inside the root, Adam with a second moment that is a constant in
     the graph, or SGD. η moves by Adam.
 
