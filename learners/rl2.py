@@ -183,7 +183,9 @@ class Rl2(Online):
 
         Returns:
             "trial_reward", "trial_entropy" [T]: mean reward and mean entropy of the policy at each
-            step, over the trials that are still running; T the longest trial's length.
+            step, over the trials that are still running; T the longest trial's length;
+            "trial_action" [T', …], "trial_ended" [T']: of the first member's trial, its actions,
+            and 1.0 where they ended an episode.
         """
         obs, reward, valid = (by_time(tensor) for tensor in (batch.obs, batch.reward, batch.valid))
         with torch.no_grad():
@@ -192,7 +194,13 @@ class Rl2(Online):
         count = valid.sum(1)
         running = count > 0
         means = {"trial_reward": reward * valid, "trial_entropy": entropy * valid}
-        return {name: (x.sum(1)[running] / count[running]) for name, x in means.items()}
+        length = int(batch.valid[0, :, 0].sum())
+        ended = torch.ones_like(batch.reward[0, :length, 0])
+        ended[:-1] = batch.obs[0, 1:length, 0, -1]
+        return {name: x.sum(1)[running] / count[running] for name, x in means.items()} | {
+            "trial_action": batch.action[0, :length, 0],
+            "trial_ended": ended,
+        }
 
     # --- Parts ---
 

@@ -251,6 +251,15 @@ class Loop:
         whole = np.stack(curve, 1)
         return tasks, whole if carries is None else by_tenth(whole)
 
+    def describe(self) -> dict[str, np.ndarray]:
+        """What there is to show of the last update, and of the first member's trial."""
+        described: dict[str, np.ndarray] = self.backend.learner("describe")
+        show = getattr(getattr(self.family, "family", None), "show", None)
+        if show is None or "trial_action" not in described:
+            return described
+        trial = described["trial_action"], described["trial_ended"]
+        return {**described, **show(self.members[0], *trial)}
+
     # --- What a checkpoint holds beside the learner ---
 
     def snapshot(self) -> dict[str, dict[str, np.ndarray]]:

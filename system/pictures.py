@@ -45,6 +45,8 @@ def draw(described: Described) -> dict[str, np.ndarray]:
         images["lpg/course"] = course(described["course"])
     if "trial_reward" in described:
         images["rl2/trial"] = trial(described["trial_reward"], described["trial_entropy"])
+    if "maze_path" in described:
+        images["rl2/maze"] = maze(described)
     if "cells" in described:
         images["lpg/grid"] = grid(described)
     return images
@@ -229,6 +231,29 @@ def trial(reward: np.ndarray, entropy: np.ndarray) -> np.ndarray:
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.margins(x=0.01)
+    return to_image(figure)
+
+
+def maze(described: Described) -> np.ndarray:
+    """A maze and the ways through it in the first episode of a trial and in the last."""
+    path, lines = described["maze_path"], described["maze_lines"]
+    episodes = np.unique(path[:, 2])
+    shown = episodes[[0, -1]] if len(episodes) > 1 else episodes
+    figure = new_figure(4.6 * len(shown), 4.8)
+    for axes, episode in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for (row, column), (to_row, to_column) in lines:
+            axes.plot([column, to_column], [row, to_row], color="black", linewidth=2.0)
+        own = path[path[:, 2] == episode]
+        # Each visit a little further off, so that going back and forth can be seen.
+        offset = np.linspace(-0.2, 0.2, len(own))
+        axes.plot(own[:, 1] + offset, own[:, 0] + offset, color="tab:blue", alpha=0.8)
+        axes.plot(*own[0, 1::-1] - 0.2, marker="o", color="tab:green", markersize=10)
+        axes.plot(*described["maze_target"][::-1], marker="*", color="tab:red", markersize=16)
+        axes.set_title(f"episode {int(episode) + 1}: {len(own) - 1} steps", fontsize=11)
+        axes.invert_yaxis()
+        axes.set_aspect("equal")
+        axes.set_axis_off()
+    figure.suptitle("First trial of the batch: from the green dot to the red star")
     return to_image(figure)
 
 

@@ -167,7 +167,7 @@ def iterate(
                 progress.update(counters.iteration, counters.env_steps, metrics)
                 unwritten = []
             if pictures_are_due(config, counters.iteration):
-                described = loop.backend.learner("describe")
+                described = loop.describe()
                 images, histograms = pictures.draw(described), pictures.histograms(described)
                 telemetry.show(own_steps(loop, counters), images, histograms)
             if skipped is not None and counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

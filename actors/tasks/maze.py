@@ -112,6 +112,38 @@ class Maze:
             "target": [*divmod(target, self.side)],
         }
 
+    def show(
+        self, task: Task, action: NDArray[np.int64], ended: NDArray[np.float32]
+    ) -> dict[str, NDArray[np.float64]]:
+        """One maze and the way through it, found again from the actions [T] of several episodes.
+
+        Args:
+            task: the maze.
+            action: of every step, [T].
+            ended: 1.0 where the step ended an episode, [T].
+
+        Returns:
+            "maze_lines" as `maze_lines` has them; "maze_path" [T + episodes, 3]: row, column and
+            number of the episode, from each episode's start on; "maze_target" [2].
+        """
+        env = self.make(1)
+        env.reset(options={"tasks": [task]})
+        path, number = [[*env.positions[0].tolist(), 0]], 0
+        for step, end in zip(torch.as_tensor(action), ended, strict=True):
+            env.step(step.view(1))
+            path.append([*env.positions[0].tolist(), number])
+            if end > 0:
+                number += 1
+                env.reset()
+                path.append([*env.positions[0].tolist(), number])
+        if ended[-1] > 0:
+            path.pop()
+        return {
+            "maze_lines": maze_lines(task),
+            "maze_path": np.array(path, np.float64),
+            "maze_target": np.array(task["target"], np.float64),
+        }
+
     def make(self, num_envs: int) -> MazeEnv:
         """A batch of environments on the CPU."""
         return MazeEnv(self, num_envs)

@@ -309,6 +309,9 @@ def test_what_happens_inside_a_trial():
     torch.testing.assert_close(described["trial_reward"][3], reward[:, 3].mean())
     torch.testing.assert_close(described["trial_reward"][5], reward[running, 5].mean())
     assert described["trial_entropy"].shape == (6,)
+    assert torch.equal(described["trial_action"], batch.action[0, :, 0])
+    ends = [*batch.obs[0, 1:, 0, -1].tolist(), 1.0]
+    assert described["trial_ended"].tolist() == ends
     assert bool((described["trial_entropy"] > 0.0).all())
 
 

@@ -30,6 +30,7 @@ TAGS = [
     "lpg/grid",
     "lpg/meaning",
     "lpg/pi_hat",
+    "rl2/maze",
     "rl2/trial",
 ]
 
@@ -51,6 +52,9 @@ def described(seed=0, num_slices=3, num_frames=8):
         "sensitivity": rng.uniform(0, 1, 6),
         "trial_reward": rng.uniform(0, 1, 120),
         "trial_entropy": rng.uniform(0, 1, 120),
+        "maze_lines": rng.integers(0, 5, (9, 2, 2)) - 0.5,
+        "maze_path": np.column_stack([rng.integers(0, 5, (30, 2)), np.arange(30) // 20]),
+        "maze_target": rng.integers(0, 5, 2),
         "pi_hat": rng.uniform(-1, 1, 30),
         "advantage": rng.uniform(-1, 1, 30),
         "meaning": rng.uniform(0, 1, (2, 6)),
@@ -93,6 +97,10 @@ def test_images_are_bytes_in_colour_and_no_warning_is_given():
         ("target", "frodo/target"),
         ("vtrace", "frodo/target"),
         ("sensitivity", "frodo/sensitivity"),
+        ("trial_reward", "rl2/trial"),
+        ("trial_entropy", "rl2/trial"),
+        ("maze_lines", "rl2/maze"),
+        ("maze_path", "rl2/maze"),
     ],
 )
 def test_each_input_changes_its_picture_and_no_other(name, tag):

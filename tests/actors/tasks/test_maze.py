@@ -392,3 +392,29 @@ def test_cuda_equals_cpu():
         left, right = (env.step(action.to(env.device)) for env in envs)
         for a, b in zip(left[:4], right[:4], strict=True):
             torch.testing.assert_close(a, b.cpu())
+
+
+# What is shown
+
+
+def test_the_way_is_found_again_from_the_actions_of_several_episodes():
+    family = Maze(horizon=30)
+    task = family.sample(np.random.default_rng(5), 1)[0]
+    env = family.make(1)
+    env.reset(seed=0, options={"tasks": [task]})
+    rng = np.random.default_rng(1)
+    actions, ended, expected, number = [], [], [[*task["start"][:2], 0]], 0
+    while number < 3:
+        action = rng.integers(3)
+        _, _, terminated, _, _ = env.step(torch.tensor([action]))
+        actions.append(action)
+        ended.append(float(terminated[0]))
+        expected.append([*env.positions[0].tolist(), number])
+        if terminated[0]:
+            number += 1
+            env.reset()
+            expected.append([*env.positions[0].tolist(), number])
+    shown = family.show(task, np.array(actions), np.array(ended, np.float32))
+    assert shown["maze_path"].tolist() == expected[:-1]
+    assert shown["maze_target"].tolist() == list(task["target"])
+    np.testing.assert_array_equal(shown["maze_lines"], maze_lines(task))
