@@ -408,9 +408,17 @@ The bound of the ratios is above what they come to. With one of 1 V-trace evalua
 the two (Espeholt et al. 2018, section 4.1), and the outer loss would ask for the values of that."""
 
 FLIP = replace(
-    OFF_POLICY, lr=1.0, meta_lr=3e-3, consistency_coef=0.1, residual=True, outer_critic=False
+    OFF_POLICY,
+    num_steps=2,
+    num_outcome_batches=8,
+    meta_lr=2e-3,
+    residual=True,
+    residual_gain=True,
+    outer_critic=False,
 )
-"""A critic of its own would learn of a flip too late."""
+"""Short chunks, since values are wrong until the first update after a flip; an outcome of 16 steps,
+most of which end an episode: what it bootstraps from has not flipped yet, and a critic of its own
+would learn of it too late."""
 
 
 def walk_presets() -> dict[str, Callable[[], RunConfig]]:
