@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,22 +17,19 @@ from rich.table import Table
 
 from actors.rollout import Request
 from actors.tasks import load_family
-from learners.config import LpgConfig
+from learners.config import LpgConfig, Rl2Config
 from system import run_folder
 from system.backend import Arrival
-from system.config import RunConfig, TaskOption
+from system.config import RunConfig, RuntimeConfig, TaskOption
 from system.loop import Counters, Loop
 from system.presets import PRESETS
 from system.run import make_backend
-
-WARM_UP = 2
-"""Iterations before the first that is measured."""
 
 PARTS = {
     "collect": "environments and acting",
     "begin": "publishing",
     "inner_update": "inner updates",
-    "meta_update": "meta-gradient and critics",
+    "meta_update": "outer update",
 }
 """What a backend is asked for, and what a person calls it."""
 
@@ -68,12 +66,18 @@ class TimedBackend:
         return result
 
 
-def measure(config: RunConfig, iterations: int) -> dict[str, Any]:
+def measure(config: RunConfig, iterations: int, warm_up: int = 2) -> dict[str, Any]:
     """Meta-iterations of a run, without records or checkpoints.
+
+    Args:
+        config: of the run.
+        iterations: that are measured.
+        warm_up: iterations before them.
 
     Returns:
         Seconds of an iteration and of its parts, as minimum, median and maximum over
-        `iterations`, environment steps per second at the median, and the machine.
+        `iterations`, environment steps per second at the median, this process's largest resident
+        memory in MiB, and the machine.
     """
     family = load_family(config.task, config.task_options)
     backend = TimedBackend(make_backend(config, family))
@@ -81,14 +85,14 @@ def measure(config: RunConfig, iterations: int) -> dict[str, Any]:
     try:
         loop = Loop(config, family, backend)
         counters, steps = Counters(), 0
-        for number in range(WARM_UP + iterations):
+        for number in range(warm_up + iterations):
             before = dict(backend.seconds)
             begun = time.perf_counter()
             done, _, _ = loop.iterate(counters)
             seconds = time.perf_counter() - begun
             steps, counters = done.env_steps - counters.env_steps, done
             parts = {part: backend.seconds[part] - before[part] for part in PARTS}
-            if number >= WARM_UP:
+            if number >= warm_up:
                 rows.append({"iteration": seconds, **parts})
     finally:
         backend.close()
@@ -102,8 +106,30 @@ def measure(config: RunConfig, iterations: int) -> dict[str, Any]:
         "env_steps": steps,
         "env_steps_per_s": steps / float(spread["iteration"]["median"]),
         "iterations": iterations,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0,
         **run_folder.describe_process(config, config.runtime.device),
     }
+
+
+def configured(name: str, width: int, num_members: int | None, num_envs: int) -> RunConfig:
+    """What is measured under that name, with recurrent networks of that width."""
+    if name == "rl2":
+        return rl2(width, num_members or 2500)
+    return lpg(width, num_members or 16, num_envs)
+
+
+def rl2(width: int, num_members: int) -> RunConfig:
+    """RL² at the paper's size: trials of 100 steps of a tabular MDP, 8 epochs of PPO."""
+    config = PRESETS["rl2/tabular-mdp"]()
+    assert isinstance(config.learner, Rl2Config)
+    return replace(
+        config,
+        preset="bench rl2",
+        learner=replace(config.learner, width=width, num_epochs=8),
+        num_members=num_members,
+        members_per_slot=-(-num_members // 4),
+        runtime=RuntimeConfig(backend="serial"),
+    )
 
 
 def lpg(rule_width: int, num_members: int, num_envs: int) -> RunConfig:
@@ -136,7 +162,7 @@ def print_table(result: dict[str, Any], title: str) -> None:
     console.print(table)
     console.print(
         f"{result['env_steps']:,} environment steps, {result['env_steps_per_s']:,.0f} per second, "
-        f"{torch.get_num_threads()} threads"
+        f"{torch.get_num_threads()} threads, at most {result['peak_rss_mb']:,.0f} MiB"
     )
 
 

@@ -24,7 +24,7 @@ metaloop: distributed actor-learner meta-reinforcement learning
   metaloop train PRESET [flags]     train, or go on with the run that is in the folder
   metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
   metaloop export RUN [--out DIR]   the update rule of a run of lpg, for --rule
-  metaloop bench lpg [flags]        seconds of a meta-iteration, and of its parts
+  metaloop bench NAME [flags]       seconds of a meta-iteration, and of its parts
   metaloop list                     presets, tasks, learners
   metaloop show PRESET [flags]      the resolved configuration
 
@@ -76,16 +76,18 @@ class ExportArguments:
 class BenchArguments:
     """What `bench` takes."""
 
-    name: tyro.conf.Positional[Literal["lpg"]]
-    """What is measured."""
+    name: tyro.conf.Positional[Literal["lpg", "rl2"]]
+    """What is measured: lpg on small grids, or rl2 on tabular MDPs."""
     iterations: int = 10
-    """Meta-iterations that are measured, after two that are not."""
-    rule_width: int = 256
-    """Width of the rule's LSTM."""
-    num_members: int = 16
-    """Lifetimes."""
+    """Meta-iterations that are measured."""
+    warm_up: int = 2
+    """Meta-iterations before them."""
+    width: int = 256
+    """Units of the recurrent networks."""
+    num_members: int | None = None
+    """Lifetimes, by default 16; or trials, by default 2500."""
     num_envs: int = 16
-    """Environments of each."""
+    """Environments of each lifetime."""
     learner_threads: int = 2
     """CPU threads of the learner."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -206,10 +208,11 @@ def bench(arguments: list[str]) -> int:
     parsed = tyro.cli(BenchArguments, args=arguments, prog="metaloop bench")
     from system import bench as measurements
 
-    config = measurements.lpg(parsed.rule_width, parsed.num_members, parsed.num_envs)
+    config = measurements.configured(parsed.name, parsed.width, parsed.num_members, parsed.num_envs)
     runtime = replace(config.runtime, device=parsed.device, learner_threads=parsed.learner_threads)
-    result = measurements.measure(replace(config, runtime=runtime), parsed.iterations)
-    measurements.print_table(result, f"{parsed.name}, LSTM of width {parsed.rule_width}")
+    config = replace(config, runtime=runtime)
+    result = measurements.measure(config, parsed.iterations, parsed.warm_up)
+    measurements.print_table(result, f"{parsed.name}, recurrent width {parsed.width}")
     if parsed.compare is not None:
         print(measurements.compare(result, parsed.compare))
     if parsed.out is not None:

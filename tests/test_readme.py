@@ -33,6 +33,8 @@ SHORT = [
     "--eval-tasks",
     "4",
 ]
+TRIALS = ["--num-envs", "1", "--num-minibatches", "2"]
+"""RL² collects one trial of each task."""
 PORT = ["--port", "0", "--host", "127.0.0.1"]
 
 
@@ -78,7 +80,8 @@ def test_metaloop_commands(tmp_path: Path) -> None:
     for line in commands():
         words = shlex.split(line)
         if words[0] == "metaloop":
-            outputs[line] = run(words + (SHORT if words[1] == "train" else []), tmp_path)
+            short = [*SHORT, *(TRIALS if "rl2/" in line else [])]
+            outputs[line] = run(words + (short if words[1] == "train" else []), tmp_path)
     assert "maml-trpo/navigation-2d" in outputs["metaloop list"]
     evaluated = next(text for line, text in outputs.items() if line.endswith("--json"))
     assert json.loads(evaluated)["preset"] == "maml-trpo/navigation-2d"

@@ -30,7 +30,9 @@ def main() -> None:
     found = {run: errors(Path(run)) for run in sys.argv[1:]}
     for run, own in found.items():
         mean, (low, high) = mean_ci(own)
-        print(f"{float(mean):.5f} [{float(low):.5f}, {float(high):.5f}]  {len(own)} replicas  {run}")
+        print(
+            f"{float(mean):.5f} [{float(low):.5f}, {float(high):.5f}]  {len(own)} replicas  {run}"
+        )
     if len(found) == 2:
         first, second = found.values()
         gap = second.mean() - first.mean()
