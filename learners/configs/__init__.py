@@ -1,0 +1,1 @@
+"""Hyper-parameters, a file for each method; `learners.config` has them all."""
