@@ -9,10 +9,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from actors.bandit_opponents import bayes_optimum, play_bandits
 from actors.family import Task, TaskFamily
-from actors.mdp_opponents import mdp_optimum, play_mdps
 from actors.opponents import PAPER
+from actors.opponents.bandits import bayes_optimum, play_bandits
+from actors.opponents.mdps import mdp_optimum, play_mdps
 from actors.tasks.bandit import Bandit
 from actors.tasks.tabular_mdp import TabularMDP
 from actors.tasks.trials import Trials

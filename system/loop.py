@@ -25,14 +25,15 @@ import numpy as np
 import psutil
 
 from actors.family import Task, TaskFamily
-from actors.rollout import Carry, Receipt, Request, Slot, make_slots
+from actors.rollout import Carry, Request, Slot, make_slots
 from learners.core.trajectory import Metrics
 from system.ahead import Ahead, ConcurrentBackend
 from system.backend import Backend
 from system.config import RunConfig
 from system.learner_host import Failure, Outcome
+from system.phase import Phase, by_tenth, mean_of_finite, means, summarise, trial_metrics
 from system.seeds import Stream, make_rng, make_seeds
-from system.statistics import landmarks, mean_ci
+from system.statistics import mean_ci
 
 RECENT = 100
 """Episodes of each replica over which a stream's return is averaged."""
@@ -72,28 +73,6 @@ class Counters:
     env_steps: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What one collection brought, as its receipts say."""
-
-    returns: list[list[float]]  # per member, raw returns of the episodes that ended
-    lengths: list[list[float]]  # per member, their lengths in steps
-    num_steps: int
-    busy_seconds: float
-    seconds: float
-    num_bytes: int
-
-    @property
-    def member_return(self) -> np.ndarray:
-        """Mean return of each member, [M], NaN where no episode ended."""
-        return means(self.returns)
-
-    @property
-    def episodes(self) -> np.ndarray:
-        """Return of each episode of members that had as many, in their order, [M, n]."""
-        return np.array(self.returns)
 
 
 class Loop:
@@ -432,26 +411,6 @@ class Loop:
         return shown
 
 
-def trial_metrics(episodes: np.ndarray, best: np.ndarray | None) -> Metrics:
-    """Mean return of a trial, of its episodes, and of some of them by their number.
-
-    Args:
-        episodes: returns, [M, n].
-        best: what an episode returns to who knows the task, [M], or None; regret is measured to it.
-    """
-    mean = episodes.mean(0).tolist()
-    shown = {f"adapt/ep_rew_mean_{k}": mean[k] for k in landmarks(len(mean))}
-    if best is not None:
-        regret = (best.mean() - episodes.mean(0)).tolist()
-        shown |= {f"adapt/regret_{k}": regret[k] for k in landmarks(len(mean))}
-        shown["rollout/trial_regret"] = sum(regret)
-    return shown | {
-        "adapt/gain": mean[-1] - mean[0],
-        "rollout/ep_rew_mean": sum(mean) / len(mean),
-        "rollout/trial_return": sum(mean),
-    }
-
-
 def carry_to_arrays(carry: Carry) -> dict[str, np.ndarray]:
     """A carry as named arrays."""
     own = {name: value for name, value in vars(carry).items() if name not in ("env", "ticket")}
@@ -465,26 +424,9 @@ def carry_from_arrays(arrays: Mapping[str, np.ndarray]) -> Carry:
     return Carry(env=env, **own)
 
 
-def by_tenth(curve: np.ndarray) -> np.ndarray:
-    """Mean over each tenth of the updates, [M, updates] → [M, 10]; NaN where there is none."""
-    parts = np.array_split(curve, 10, 1)
-    return np.array([[mean_of_finite(row) for row in part] for part in parts]).T
-
-
 def member_ranges(slots: Sequence[Slot]) -> list[tuple[int, int]]:
     """The distinct ranges of members, in order."""
     return list(dict.fromkeys(slot.members for slot in slots))
-
-
-def means(values: Sequence[Sequence[float]] | Sequence[deque[float]]) -> np.ndarray:
-    """Mean of each entry, NaN where it is empty."""
-    return np.array([float(np.mean(entry)) if entry else np.nan for entry in values])
-
-
-def mean_of_finite(values: np.ndarray) -> float:
-    """Mean of the values that are finite; NaN where none is."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if finite.size else float("nan")
 
 
 def resident_mb(pids: Sequence[int]) -> float:
@@ -497,28 +439,6 @@ def resident_mb(pids: Sequence[int]) -> float:
         with suppress(psutil.Error):
             total += psutil.Process(pid).memory_info().rss
     return total / 2**20
-
-
-def summarise(
-    slots: Sequence[Slot], receipts: Sequence[Receipt], num_members: int, seconds: float
-) -> Phase:
-    """Adds the receipts of one phase up."""
-    returns: list[list[float]] = [[] for _ in range(num_members)]
-    lengths: list[list[float]] = [[] for _ in range(num_members)]
-    of_slot = {slot.id: slot for slot in slots}
-    for receipt in receipts:
-        first = of_slot[receipt.slot_id].members[0]
-        for i, (got, took) in enumerate(zip(receipt.returns, receipt.lengths, strict=True)):
-            returns[first + i] += got
-            lengths[first + i] += took
-    return Phase(
-        returns=returns,
-        lengths=lengths,
-        num_steps=sum(receipt.num_steps for receipt in receipts),
-        busy_seconds=sum(receipt.seconds for receipt in receipts),
-        seconds=seconds,
-        num_bytes=sum(receipt.num_bytes for receipt in receipts),
-    )
 
 
 def evaluation_tasks(family: TaskFamily, seed: int, num_tasks: int) -> list[Task]:

@@ -11,7 +11,7 @@ from gymnasium.spaces import Discrete
 from torch import Tensor
 
 from actors.family import Task
-from actors.mdp_opponents import mdp_optimum
+from actors.opponents.mdps import mdp_optimum
 from actors.tasks.array_env import ArrayEnv
 from actors.tasks.checks import check_whole, task_array
 from learners.core.trajectory import Spec

@@ -13,9 +13,9 @@ import argparse
 
 import numpy as np
 
-from actors.bandit_opponents import play_bandits
-from actors.mdp_opponents import play_mdps
 from actors.opponents import PAPER
+from actors.opponents.bandits import play_bandits
+from actors.opponents.mdps import play_mdps
 from actors.tasks.bandit import Bandit
 from actors.tasks.tabular_mdp import TabularMDP
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from actors.bandit_opponents import bayes_optimum, gittins_indices, play_bandits
 from actors.opponents import BANDIT_OPPONENTS
+from actors.opponents.bandits import bayes_optimum, gittins_indices, play_bandits
 
 
 def best_value(counts, left):

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from actors.mdp_opponents import _optimistic, mdp_optimum, play_mdps
 from actors.opponents import MDP_OPPONENTS
+from actors.opponents.mdps import _optimistic, mdp_optimum, play_mdps
 
 
 def random_mdps(seed, trials, states=10, actions=5):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from actors.bandit_opponents import play_bandits
-from actors.mdp_opponents import play_mdps
 from actors.opponents import BANDIT_OPPONENTS, MDP_OPPONENTS, PAPER
+from actors.opponents.bandits import play_bandits
+from actors.opponents.mdps import play_mdps
 
 
 def test_paper_has_every_opponent_and_column():

@@ -15,7 +15,8 @@ from actors.tasks.delayed_chains import CHAINS
 from learners.config import LpgAgentConfig, LpgConfig
 from system import evaluation, run_folder
 from system.config import RuntimeConfig
-from system.loop import Counters, Loop, by_tenth, evaluation_tasks
+from system.loop import Counters, Loop, evaluation_tasks
+from system.phase import by_tenth
 from system.presets import PRESETS
 from system.run import evaluate, make_backend, train
 

@@ -11,7 +11,8 @@ from actors.rollout import Receipt, make_slots
 from actors.tasks import load_family
 from system.backend import Arrival
 from system.learner_host import Failure, Outcome, Plan
-from system.loop import Counters, Loop, evaluation_tasks, member_ranges, summarise
+from system.loop import Counters, Loop, evaluation_tasks, member_ranges
+from system.phase import summarise
 from system.seeds import Stream, make_rng, make_seeds
 from system.serial_backend import SerialBackend
 from tests.system.families import EVERY_TASK, Countdown, Obedient

@@ -13,7 +13,8 @@ from learners.core.errors import ConfigError
 from system import comparison, evaluation, run_folder
 from system.backend import AGENTS
 from system.config import RuntimeConfig
-from system.loop import Counters, Loop, trial_metrics
+from system.loop import Counters, Loop
+from system.phase import trial_metrics
 from system.presets import PRESETS
 from system.rl2_presets import RL2_PRESETS
 from system.run import evaluate, make_backend, train

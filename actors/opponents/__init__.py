@@ -1,6 +1,6 @@
 """The classical opponents of RL²: their names, and what they and RL² earned in the paper.
 
-They play in `actors.bandit_opponents` and `actors.mdp_opponents`.
+They play in `actors.opponents.bandits` and `actors.opponents.mdps`.
 """
 
 from __future__ import annotations
