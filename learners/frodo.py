@@ -32,7 +32,7 @@ The paper's code is not public. Choices made here where it leaves them open:
     successor and are left out; where an episode terminates the target is to equal r.
   - g starts near 0 (a small head): until η has moved, the agent stays as it is. `residual` starts
     from V-trace's target instead. The network's output o is added to it or, with `residual_gain`,
-    scales how far it lies from V: g = V + e^o (v − V), at most tenfold. An outer loss that looks a
+    scales how far it lies from V: g = V + e^o (v − V), o bent to ±4. An outer loss that looks a
     few updates ahead hardly sees what a lasting bias of the target does to V in the long run. What
     is added can be one; what scales an error that is 0 on average cannot.
   - Inner steps are RMSProp with ε inside the root, Adam with a second moment that is a constant in
@@ -43,7 +43,6 @@ The M members are replicas: each has a θ, an η and a critic of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +62,7 @@ from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in
 
 META_OPTIMIZER = Adam(eps=1e-5)
 CRITIC_OPTIMIZER = Adam(eps=1e-5)
-MAX_LOG_GAIN = math.log(10.0)
+MAX_LOG_GAIN = 4.0
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ class Frodo(Replicas):
             return learned
         canonical, _ = self.vtrace(view, batch)
         if self.config.residual_gain:
-            gain = learned.clamp(-MAX_LOG_GAIN, MAX_LOG_GAIN).exp()
+            gain = (MAX_LOG_GAIN * torch.tanh(learned / MAX_LOG_GAIN)).exp()
             return view.value + gain * (canonical - view.value)
         return learned + canonical
 

@@ -411,7 +411,7 @@ FLIP = replace(
     OFF_POLICY,
     num_steps=2,
     num_outcome_batches=8,
-    meta_lr=2e-3,
+    meta_lr=3e-3,
     residual=True,
     residual_gain=True,
     outer_critic=False,
@@ -426,7 +426,7 @@ def walk_presets() -> dict[str, Callable[[], RunConfig]]:
     variants: dict[str, tuple[LearnerConfig, int, str]] = {
         "frodo/random-walk-flip": (
             FLIP,
-            60_000,
+            40_000,
             "FRODO predicts a random walk whose reward changes its sign every 960 steps.",
         ),
         "td-lambda/random-walk-flip": (

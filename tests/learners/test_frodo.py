@@ -1,5 +1,6 @@
 """FRODO: its update direction, its gradients against finite differences, its windows."""
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -390,10 +391,11 @@ def test_a_gain_scales_how_far_the_canonical_target_lies_from_the_value():
     canonical, _ = learner.vtrace(view, window[0])
     output = learner.network(state["meta_params"], learner.inputs(view, window[0]), window[0].ended)
     target = learner.target(state["meta_params"], view, window[0])
-    torch.testing.assert_close(target - view.value, output.exp() * (canonical - view.value))
+    gain = (4.0 * (output / 4.0).tanh()).exp()
+    torch.testing.assert_close(target - view.value, gain * (canonical - view.value))
     loud = {n: p + 100.0 * ("head.layer0.bias" in n) for n, p in state["meta_params"].items()}
     most = learner.target(loud, view, window[0])
-    torch.testing.assert_close(most - view.value, 10.0 * (canonical - view.value))
+    torch.testing.assert_close(most - view.value, math.exp(4.0) * (canonical - view.value))
 
 
 def test_a_gain_without_a_canonical_target_is_refused():
