@@ -11,8 +11,9 @@ from system.config import RunConfig, TaskOption
 SMALL = Rl2Config(width=64, lr=1e-3, num_epochs=4, num_minibatches=8)
 """Minutes on two cores."""
 
-LARGE = replace(SMALL, width=128, lr=5e-4, num_minibatches=10)
-"""For longer trials. The paper's own size is `--width 256 --num-epochs 8 --num-members 2500`."""
+LARGE = replace(SMALL, width=128, num_minibatches=5, entropy_coef=0.04, max_grad_norm=0.5)
+"""For longer trials; with less entropy the policy settles before it has found how to explore. The
+paper's own size is `--width 256 --num-epochs 8 --num-members 2500`."""
 
 
 def rl2(
