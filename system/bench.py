@@ -125,7 +125,7 @@ def rl2(width: int, num_members: int) -> RunConfig:
     return replace(
         config,
         preset="bench rl2",
-        learner=replace(config.learner, width=width, num_epochs=8),
+        learner=replace(config.learner, width=width, num_epochs=8, num_minibatches=10),
         num_members=num_members,
         members_per_slot=-(-num_members // 4),
         runtime=RuntimeConfig(backend="serial"),
