@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -55,6 +55,27 @@ class TaskFamily(Protocol):
         theirs are the returns that are reported. Where the specification
         has a target policy it holds `true_value` [num_envs] float32, the expected undiscounted
         return under that policy from the observation that was acted on.
+        """
+        ...
+
+
+@runtime_checkable
+class KnowsOptimum(Protocol):
+    """A family that can say what knowing its tasks is worth."""
+
+    def optimum(self, tasks: Sequence[Task]) -> np.ndarray:
+        """What knowing the task earns in an episode, on average, [M]."""
+        ...
+
+
+@runtime_checkable
+class ShowsTrials(Protocol):
+    """A family that has something to draw of what was done in a task."""
+
+    def show(self, task: Task, action: np.ndarray, ended: np.ndarray) -> dict[str, np.ndarray]:
+        """Arrays for `system.pictures`, by name, of the actions [T] of several episodes.
+
+        `ended` [T] is 1.0 where a step ended an episode.
         """
         ...
 

@@ -24,7 +24,7 @@ The defaults are those of the re-implementation that matched the paper's tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,7 @@ from learners.core.params import (
     leaves,
     unflatten,
 )
-from learners.core.policy import Distribution
+from learners.core.policy import Distribution, detached
 from learners.core.replicas import Online
 from learners.core.returns import gae
 from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
@@ -159,15 +159,17 @@ class Rl2(Online):
             c.num_minibatches,
         )
         natural: Metrics = {}
+        names = list(params)
         if c.outer == "trpo":
             params, natural = self.natural_step(params, trials, reduce)
+            names = [name for name in names if name.startswith(VALUE)]
         totals: dict[str, Tensor] = {}
         for (rows,) in order.to(trials.valid.device):
-            leaf = leaves(params)
-            loss, parts = self.loss(leaf, trials.take(rows))
-            trained = {n: p for n, p in leaf.items() if c.outer == "ppo" or n.startswith(VALUE)}
-            grads, norms = self.clipped(gradients(loss, trained))
-            shrunk = {name: p.detach() * (1.0 - lr * c.weight_decay) for name, p in trained.items()}
+            trained = {name: params[name] for name in names}
+            leaf = leaves(trained)
+            loss, parts = self.loss(params | leaf, trials.take(rows))
+            grads, norms = self.clipped(gradients(loss, leaf))
+            shrunk = {name: p * (1.0 - lr * c.weight_decay) for name, p in trained.items()}
             new, kept = OPTIMIZER.update(shrunk, grads, slots, lr)
             params, slots = params | new, slots | kept
             for name, value in (parts | norms).items():
@@ -188,9 +190,12 @@ class Rl2(Online):
             and 1.0 where they ended an episode.
         """
         obs, reward, valid = (by_time(tensor) for tensor in (batch.obs, batch.reward, batch.valid))
-        with torch.no_grad():
-            dist = self.policy.distribution(part(state["params"], POLICY), obs)
-            entropy = dist.entropy().expand_as(valid)
+        policy = part(state["params"], POLICY)
+
+        def entropy_of(some: Tensor) -> Tensor:
+            return self.policy.distribution(policy, some).entropy().expand(some.shape[:2])
+
+        entropy = self.in_parts(entropy_of, obs)
         count = valid.sum(1)
         running = count > 0
         means = {"trial_reward": reward * valid, "trial_entropy": entropy * valid}
@@ -211,7 +216,8 @@ class Rl2(Online):
             by_time(tensor) for tensor in (batch.obs, batch.reward, batch.terminated, batch.valid)
         )
         known = int(state["counters"]["num_updates"][0]) > 0
-        said = self.values(state["params"], obs)
+        critic = part(state["params"], VALUE)
+        said = self.in_parts(lambda some: self.value(critic, some).squeeze(-1), obs)
         value = old["mean"] + old["square"].sqrt() * said
         (advantage,) = gae(
             reward[None], value[None], terminated[None], valid[None], c.gamma, c.gae_lambda
@@ -241,13 +247,11 @@ class Rl2(Online):
         centred = (advantage - (advantage * valid).sum() / count) * valid
         return centred / (centred.square().sum() / count + EPS).sqrt()
 
-    def values(self, params: Params, obs: Tensor) -> Tensor:
-        """What the value network says, [T, R], without gradient; some trials at a time."""
-        own, num_trials = part(params, VALUE), obs.shape[1]
-        size = -(-num_trials // self.config.num_minibatches)
+    def in_parts(self, function: Callable[[Tensor], Tensor], obs: Tensor) -> Tensor:
+        """What a function of trials [T, R, O] says of them, [T, R]: of some at a time, no graph."""
+        size = -(-obs.shape[1] // self.config.num_minibatches)
         with torch.no_grad():
-            parts = [self.value(own, some).squeeze(-1) for some in torch.split(obs, size, 1)]
-        return torch.cat(parts, 1)
+            return torch.cat([function(some) for some in torch.split(obs, size, 1)], 1)
 
     def loss(self, params: Params, trials: Trials) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on some trials, with gradient to `params`, and its parts."""
@@ -292,10 +296,13 @@ class Rl2(Online):
             entropy = (dist.entropy().expand_as(some.valid) * some.valid).sum()
             return (gain - c.entropy_coef * entropy) / some.valid.sum(), dist
 
-        losses = [share * objective(leaf, own)[0] for share, own in zip(shares, rows, strict=True)]
-        gradient = reduce([flatten(gradients(loss, leaf)).double() for loss in losses])
-        with torch.no_grad():
-            before = [objective(leaf, own)[1] for own in rows]
+        losses, slopes, before = [], [], []
+        for own, share in zip(rows, shares, strict=True):
+            loss, dist = objective(leaf, own)
+            slopes.append(flatten(gradients(share * loss, leaf)).double())
+            losses.append(share * loss.detach())
+            before.append(detached(dist))
+        gradient = reduce(slopes)
         weight = trials.valid[:, rows[0]]
         # The library's second derivative of a GRU is written in steps; its fast one has none.
         with torch.backends.cudnn.flags(enabled=False):
@@ -315,8 +322,9 @@ class Rl2(Online):
                     loss, kl = loss + float(share * found), kl + float(share * moved)
             return loss, kl
 
-        start_loss = float(reduce([loss.detach() for loss in losses]))
-        vector, metrics = trust_region.step(start, start_loss, gradient, product, evaluate, c)
+        vector, metrics = trust_region.step(
+            start, float(reduce(losses)), gradient, product, evaluate, c
+        )
         new = prefixed(detach(unflatten(vector, leaf)), POLICY)
         return params | new, metrics
 

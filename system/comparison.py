@@ -16,7 +16,7 @@ from actors.opponents.mdps import mdp_optimum, play_mdps
 from actors.tasks.bandit import Bandit
 from actors.tasks.tabular_mdp import TabularMDP
 from actors.tasks.trials import Trials
-from system.statistics import mean_ci
+from system.evaluation import interval
 
 
 def compare(family: TaskFamily, tasks: Sequence[Task], seed: int) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def compare(family: TaskFamily, tasks: Sequence[Task], seed: int) -> dict[str, A
         return {}
     inner, num_episodes = family.family, family.episodes
     if isinstance(inner, Bandit) and inner.pulls == 1:
-        means = np.array([task["means"] for task in tasks])
+        means = inner.means(tasks)
         bounds: dict[str, Any] = {"known task": interval(num_episodes * means.max(1))}
         try:
             optimum = bayes_optimum(inner.arms, num_episodes)
@@ -54,12 +54,6 @@ def compare(family: TaskFamily, tasks: Sequence[Task], seed: int) -> dict[str, A
         "bounds": bounds,
         "paper": paper,
     }
-
-
-def interval(totals: np.ndarray) -> dict[str, Any]:
-    """Mean over trials and its 95 % interval."""
-    mean, (low, high) = mean_ci(totals.astype(float))
-    return {"mean": float(mean), "ci95": [float(low), float(high)]}
 
 
 def print_table(result: dict[str, Any], console: Console | None = None) -> None:

@@ -24,8 +24,9 @@ from typing import Any, cast
 import numpy as np
 import psutil
 
-from actors.family import Task, TaskFamily
+from actors.family import KnowsOptimum, ShowsTrials, Task, TaskFamily
 from actors.rollout import Carry, Request, Slot, make_slots
+from actors.tasks.trials import Trials
 from learners.core.trajectory import Metrics
 from system.ahead import Ahead, ConcurrentBackend
 from system.backend import Backend
@@ -102,6 +103,11 @@ class Loop:
     def trials(self) -> bool:
         """Whether a member's chunk is one trial of several episodes, in which it adapts."""
         return self.family.spec.num_episodes > 0 and not self.streams
+
+    @property
+    def episodes_of(self) -> TaskFamily:
+        """The family whose episodes are collected, be it in trials."""
+        return self.family.family if isinstance(self.family, Trials) else self.family
 
     @property
     def num_replicas(self) -> int:
@@ -233,11 +239,10 @@ class Loop:
     def describe(self) -> dict[str, np.ndarray]:
         """What there is to show of the last update, and of the first member's trial."""
         described: dict[str, np.ndarray] = self.backend.learner("describe")
-        show = getattr(getattr(self.family, "family", None), "show", None)
-        if show is None or "trial_action" not in described:
-            return described
-        trial = described["trial_action"], described["trial_ended"]
-        return {**described, **show(self.members[0], *trial)}
+        if "trial_action" in described and isinstance(self.episodes_of, ShowsTrials):
+            trial = described["trial_action"], described["trial_ended"]
+            described |= self.episodes_of.show(self.members[0], *trial)
+        return described
 
     # --- What a checkpoint holds beside the learner ---
 
@@ -369,8 +374,8 @@ class Loop:
             1 if self.config.runtime.backend == "serial" else self.config.runtime.num_actors
         )
         if self.trials:
-            optimum = getattr(getattr(self.family, "family", None), "optimum", None)
-            best = None if optimum is None else optimum(self.members)
+            family = self.episodes_of
+            best = family.optimum(self.members) if isinstance(family, KnowsOptimum) else None
             shown = trial_metrics(phases[-1].episodes, best)
         elif not self.streams:
             found = [mean_of_finite(phase.member_return) for phase in phases]

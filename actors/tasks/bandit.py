@@ -54,9 +54,13 @@ class Bandit:
         """Means, independent and uniform."""
         return [{"means": means} for means in rng.uniform(size=(num_tasks, self.arms)).tolist()]
 
+    def means(self, tasks: Sequence[Task]) -> np.ndarray:
+        """The arms' probabilities of paying, [M, A]."""
+        return task_array(tasks, "means", self.arms)
+
     def optimum(self, tasks: Sequence[Task]) -> np.ndarray:
         """What knowing the task earns in an episode, on average, [M]."""
-        best: np.ndarray = self.pulls * np.array([task["means"] for task in tasks]).max(1)
+        best: np.ndarray = self.pulls * self.means(tasks).max(1)
         return best
 
     def make(self, num_envs: int) -> BanditEnv:
@@ -69,12 +73,13 @@ class BanditEnv(ArrayEnv):
 
     def __init__(self, family: Bandit, num_envs: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_envs, family.spec, Discrete(family.arms), device)
+        self._family = family
         self._means = torch.zeros(num_envs, family.arms, dtype=torch.float64, device=self.device)
         self._obs = torch.ones(num_envs, 1, device=self.device)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Takes the means."""
-        means = task_array(tasks, "means", self._means.shape[1])
+        means = self._family.means(tasks)
         if (means < 0.0).any() or (means > 1.0).any():
             raise ValueError("the means of Bernoulli arms must lie in [0, 1]")
         self._means.copy_(torch.from_numpy(means))

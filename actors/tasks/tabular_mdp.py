@@ -63,10 +63,10 @@ class TabularMDP:
 
     def tables(self, tasks: Sequence[Task]) -> tuple[np.ndarray, np.ndarray]:
         """Mean rewards [M, S, A] and transition probabilities [M, S, A, S] of M tasks."""
-        shape = (len(tasks), self.states, self.actions)
-        reward = np.array([task["mean_reward"] for task in tasks]).reshape(shape)
-        transition = np.array([task["transition"] for task in tasks])
-        return reward, transition.reshape(*shape, self.states)
+        shape, pairs = (len(tasks), self.states, self.actions), self.states * self.actions
+        reward = task_array(tasks, "mean_reward", pairs)
+        transition = task_array(tasks, "transition", pairs * self.states)
+        return reward.reshape(shape), transition.reshape(*shape, self.states)
 
     def optimum(self, tasks: Sequence[Task]) -> np.ndarray:
         """What knowing the task earns in an episode, on average, [M]."""
@@ -84,25 +84,24 @@ class TabularMDPEnv(ArrayEnv):
         self, family: TabularMDP, num_envs: int, device: torch.device | str = "cpu"
     ) -> None:
         super().__init__(num_envs, family.spec, Discrete(family.actions), device)
+        self._family = family
         states, actions = family.states, family.actions
         self._mean_reward = self._zeros(num_envs, states * actions)
         self._cumulative = self._zeros(num_envs, states * actions, states)
         self._now = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
         self._row = torch.arange(num_envs, device=self.device)
         self._one_hot = torch.eye(states, device=self.device)
-        self._num_actions = actions
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.device)
 
     def set_tasks(self, tasks: Sequence[Task]) -> None:
         """Takes the tables; transitions are kept as cumulative probabilities."""
-        pairs, states = self._cumulative.shape[1:]
-        self._mean_reward.copy_(torch.from_numpy(task_array(tasks, "mean_reward", pairs)))
-        transition = task_array(tasks, "transition", pairs * states).reshape(-1, pairs, states)
-        if (transition < 0.0).any() or not np.allclose(transition.sum(2), 1.0):
+        reward, transition = self._family.tables(tasks)
+        self._mean_reward.copy_(torch.from_numpy(reward).flatten(1))
+        if (transition < 0.0).any() or not np.allclose(transition.sum(3), 1.0):
             raise ValueError("transition probabilities must be at least 0 and add up to 1")
-        self._cumulative.copy_(torch.from_numpy(transition).cumsum(2))
+        self._cumulative.copy_(torch.from_numpy(transition).flatten(1, 2).cumsum(2))
 
     def start(self) -> Tensor:
         """State 0."""
@@ -110,7 +109,7 @@ class TabularMDPEnv(ArrayEnv):
 
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor, None]:
         """Draws the reward's noise, then the next state by inversion."""
-        pair = self._now * self._num_actions + action
+        pair = self._now * self._family.actions + action
         noise = torch.randn(
             self.num_envs, dtype=torch.float64, device=self.device, generator=self.generator
         )

@@ -34,8 +34,8 @@ def main() -> None:
             pulls, arms = key
             if pulls > arguments.longest:
                 continue
-            tasks = Bandit(arms=arms, pulls=1).sample(rng, arguments.trials)
-            means = np.array([task["means"] for task in tasks])
+            bandit = Bandit(arms=arms, pulls=1)
+            means = bandit.means(bandit.sample(rng, arguments.trials))
             earned = play_bandits(means, pulls, arguments.seed)
         else:
             if key > arguments.longest:

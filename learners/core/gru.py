@@ -10,8 +10,7 @@ Entries carry an axis 1 where others have M, since the parameters are everyone's
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from learners.core import networks
 from learners.core.actor_critic import part, prefixed
-from learners.core.policy import MIN_LOG_STD, Categorical, Distribution, Gaussian, gumbel
-from learners.core.trajectory import Params, Spec
+from learners.core.policy import Distribution, StochasticPolicy
+from learners.core.trajectory import Params
 
 CELL, HEAD = "cell.", "head."
 WEIGHTS = ("input.weight", "hidden.weight", "input.bias", "hidden.bias")
@@ -93,16 +92,14 @@ def weights(params: Params) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class GruPolicy:
+class GruPolicy(StochasticPolicy):
     """A policy that remembers: what its parameters mean.
 
     Attributes:
-        spec: sizes of observation and action.
         width: of the GRU.
         init_std: standard deviation of a new Gaussian policy, in units of the action.
     """
 
-    spec: Spec
     width: int
     init_std: float = 1.0
     normalizer: None = None
@@ -114,10 +111,7 @@ class GruPolicy:
 
     def init(self, generator: torch.Generator) -> Params:
         """Parameters without axis; log σ does not depend on the observation."""
-        params = self.network.init(generator)
-        if not self.spec.discrete:
-            params["log_std"] = torch.full((self.spec.action_size,), math.log(self.init_std))
-        return params
+        return self.network.init(generator) | self.spread(self.init_std)
 
     def template(self) -> Params:
         """Every entry of the published parameters."""
@@ -126,12 +120,6 @@ class GruPolicy:
     def distribution(self, params: Params, obs: Tensor) -> Distribution:
         """The action distributions of R sequences of raw `obs` [T, R, O], as [T, R] of them."""
         return self.from_outputs(params, self.network(params, obs))
-
-    def from_outputs(self, params: Params, outputs: Tensor) -> Distribution:
-        """The action distributions given the network's outputs [M, N, A]."""
-        if self.spec.discrete:
-            return Categorical(outputs.log_softmax(-1))
-        return Gaussian(outputs, params["log_std"].clamp_min(MIN_LOG_STD).unsqueeze(1))
 
     def acting(self, params: Params) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A function of raw `obs` [M, E, O] and `noise` of one step after the other.
@@ -146,9 +134,3 @@ class GruPolicy:
             return self.from_outputs(params, outputs).sample(noise), outputs
 
         return act
-
-    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Noise for `sample`, [*shape, A]: normal, or Gumbel for discrete actions."""
-        if self.spec.discrete:
-            return gumbel((*shape, self.spec.action_size), generator)
-        return torch.randn(*shape, self.spec.action_size, generator=generator)

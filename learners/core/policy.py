@@ -115,12 +115,44 @@ class Categorical:
 Distribution = Gaussian | Categorical
 
 
+def detached(dist: Distribution) -> Distribution:
+    """The same distributions without their graph."""
+    return type(dist)(*(tensor.detach() for tensor in dist.tensors))
+
+
 @dataclass(frozen=True)
-class Policy:
-    """A perceptron policy, or a convolutional one for pixels: what its parameters mean.
+class StochasticPolicy:
+    """What any network's outputs mean for actions, and how they are drawn.
 
     Attributes:
         spec: sizes of observation and action.
+    """
+
+    spec: Spec
+
+    def spread(self, std: float) -> Params:
+        """The entry log σ of a Gaussian policy without axis M; none where actions are discrete."""
+        size = self.spec.action_size
+        return {} if self.spec.discrete else {"log_std": torch.full((size,), math.log(std))}
+
+    def from_outputs(self, params: Params, outputs: Tensor) -> Distribution:
+        """The action distribution given the network's outputs [M, N, A]."""
+        if self.spec.discrete:
+            return Categorical(outputs.log_softmax(-1))
+        return Gaussian(outputs, params["log_std"].clamp_min(MIN_LOG_STD).unsqueeze(1))
+
+    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Noise for `sample`, [*shape, A]: normal, or Gumbel for discrete actions."""
+        if self.spec.discrete:
+            return gumbel((*shape, self.spec.action_size), generator)
+        return torch.randn(*shape, self.spec.action_size, generator=generator)
+
+
+@dataclass(frozen=True)
+class Policy(StochasticPolicy):
+    """A perceptron policy, or a convolutional one for pixels: what its parameters mean.
+
+    Attributes:
         hidden: widths of the hidden layers; pixels have the layers of Mnih et al. 2015 instead.
         activation: nonlinearity of the hidden layers, "tanh" or "relu".
         init_std: standard deviation of a new Gaussian policy, in units of the action.
@@ -129,7 +161,6 @@ class Policy:
         normalizer: what of the observations and rewards is normalized when acting.
     """
 
-    spec: Spec
     hidden: tuple[int, ...]
     activation: str
     init_std: float
@@ -145,9 +176,7 @@ class Policy:
         else:
             sizes = [spec.obs_size, *self.hidden, spec.action_size]
             params = init_mlp(sizes, generator, self.init_weights, self.head_gain)
-        if not spec.discrete:
-            params["log_std"] = torch.full((spec.action_size,), math.log(self.init_std))
-        return params
+        return params | self.spread(self.init_std)
 
     def template(self) -> Params:
         """Every entry of one member's published parameters, statistics included."""
@@ -170,12 +199,6 @@ class Policy:
     def read_out(self, params: Params, hidden: Tensor) -> Distribution:
         """The action distribution given the last hidden layer."""
         return self.from_outputs(params, head(params, hidden))
-
-    def from_outputs(self, params: Params, outputs: Tensor) -> Distribution:
-        """The action distribution given the network's outputs [M, N, A]."""
-        if self.spec.discrete:
-            return Categorical(outputs.log_softmax(-1))
-        return Gaussian(outputs, params["log_std"].clamp_min(MIN_LOG_STD).unsqueeze(1))
 
     def acting(self, params: Params) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A function of raw `obs` [M, N, O] and `noise` that gives actions and outputs [M, N, A].
@@ -217,12 +240,6 @@ class Policy:
             return torch.baddbmm(last_bias, hidden, last_weight)
 
         return outputs
-
-    def noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Noise for `sample`, [*shape, A]: normal, or Gumbel for discrete actions."""
-        if self.spec.discrete:
-            return gumbel((*shape, self.spec.action_size), generator)
-        return torch.randn(*shape, self.spec.action_size, generator=generator)
 
 
 def gumbel(shape: Sequence[int], generator: torch.Generator) -> Tensor:

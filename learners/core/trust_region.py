@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from learners.core.errors import NonFiniteError
+from learners.core.contract import check_params
 from learners.core.params import flatten, gradients
-from learners.core.policy import Distribution
+from learners.core.policy import Distribution, detached
 from learners.core.trajectory import Metrics, Params
 
 Product = Callable[[Tensor], Tensor]
@@ -149,13 +149,8 @@ def step(
         return product(vector) + s.cg_damping * vector
 
     direction = conjugate_gradient(damped, gradient, s.cg_steps)
-    for name, tensor in (
-        ("loss", torch.tensor(start_loss)),
-        ("gradient", gradient),
-        ("direction", direction),
-    ):
-        if not bool(tensor.isfinite().all()):
-            raise NonFiniteError(f"meta/{name}")
+    loss = torch.tensor(start_loss)
+    check_params({"loss": loss, "gradient": gradient, "direction": direction}, "meta")
     whole = scale_to_kl(direction, damped, s.max_kl)
     found = line_search(
         evaluate, start, whole, start_loss, s.max_kl, s.line_search_ratio, s.line_search_tries
@@ -186,8 +181,7 @@ class Curvature:
         """Builds the graphs; `dist` must have gradient to `params`, twice."""
         probe = tuple(torch.zeros_like(output, requires_grad=True) for output in dist.tensors)
         pulled = gradients(dist.tensors, params, probe, create_graph=True)
-        frozen = type(dist)(*(output.detach() for output in dist.tensors))
-        return Curvature(frozen, dist.tensors, probe, tuple(pulled.values()), weight)
+        return Curvature(detached(dist), dist.tensors, probe, tuple(pulled.values()), weight)
 
     def product(self, params: Params, vector: Params) -> Tensor:
         """Jᵀ F J v, [P] float64."""
