@@ -69,12 +69,14 @@ class Gaussian:
             weight: [M, N].
 
         Returns:
-            Cotangents shaped like `tensors`. F is 1/σ² for the mean and 2 for log σ.
+            Cotangents shaped like `tensors`. F is 1/σ² for the mean and 2 for log σ, whose axis M
+            may be 1 where all members share it.
         """
         mean_tangent, log_std_tangent = tangents
         precision = torch.exp(-2.0 * self.log_std)
         total = weight.sum(1)[:, None, None]
-        return (mean_tangent * precision * weight.unsqueeze(-1), 2.0 * log_std_tangent * total)
+        by_log_std = (2.0 * log_std_tangent * total).sum_to_size(log_std_tangent.shape)
+        return (mean_tangent * precision * weight.unsqueeze(-1), by_log_std)
 
 
 @dataclass(frozen=True)

@@ -266,8 +266,9 @@ def test_continuous_actions():
 # TRPO
 
 
-def test_trpo_improves_the_policy_within_the_trust_region():
-    learner = make(outer="trpo", max_kl=0.005)
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, discrete=False, action_size=2)])
+def test_trpo_improves_the_policy_within_the_trust_region(spec):
+    learner = make(spec, outer="trpo", max_kl=0.005)
     state = started(learner)
     after, metrics = learner.meta_update(state, [], [make_batch(learner, state, ends=4)])
     assert metrics["meta/step_accepted"] == 1.0
@@ -281,8 +282,9 @@ def test_trpo_improves_the_policy_within_the_trust_region():
         assert same == name.startswith(("m." + POLICY, "v." + POLICY)), name
 
 
-def test_the_curvature_is_the_second_derivative_of_the_kl_through_the_whole_trial():
-    learner = make()
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, discrete=False, action_size=2)])
+def test_the_curvature_is_the_second_derivative_of_the_kl_through_the_whole_trial(spec):
+    learner = make(spec)
     state = started(learner)
     trials, _, _ = learner.prepared(state, make_batch(learner, state, ends=4))
     policy = {n: p.clone().requires_grad_() for n, p in part(state["params"], POLICY).items()}
