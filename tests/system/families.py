@@ -24,7 +24,7 @@ from learners.core.trajectory import Spec
 ORDER_STEP = 2
 """The step at which `Obedient` follows its orders."""
 
-LONGEST_WAIT_S = 60.0
+LONGEST_WAIT_S = 200.0
 """After so long, an environment that was told to wait raises an error."""
 
 EVERY_TASK = "every task"

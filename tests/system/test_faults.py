@@ -10,6 +10,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from actors.rollout import Request, Slot
 from actors.tasks import load_family
 from system import run, run_folder
 from system.backend import RolloutError
@@ -278,36 +279,54 @@ def test_a_stopped_run_keeps_what_it_had_learned(tmp_path, tiny_run):
 
 @on_ray
 def test_a_learner_killed_during_collection_is_named_with_what_to_do(
-    backend, config, family, clusters, meanwhile, wait_until
+    backend, config, family, clusters, meanwhile, wait_until, monkeypatch
 ):
-    """The actors find out first, as they wait for parameters that died with the learner."""
     import ray
+    from ray.exceptions import OwnerDiedError, RayActorError, RayTaskError
 
     from system.ray_backend import LearnerDied
 
     (clusters.orders / "wait").write_text(EVERY_TASK)
 
-    def died(reference):
+    def dead():
         try:
-            ray.get(reference, timeout=1.0)
-        except ray.exceptions.OwnerDiedError:
-            return True
+            ray.get(backend.learner_actor.info.remote(), timeout=10)
+        except (RayActorError, ray.exceptions.GetTimeoutError) as error:
+            return isinstance(error, RayActorError)
         return False
 
     def kill():
-        wait_until(lambda: len(waiting_pids(clusters.orders)) == 3, "all actors are in an episode")
-        newest = ray.get(backend.server.pull_if_newer.remote("agents", None), timeout=60)
-        (reference,) = newest.blocks[3, 4]
-        os.kill(backend.learner_pid, signal.SIGKILL)
-        wait_until(lambda: died(reference), "Ray knows that the learner is dead")
-        (clusters.orders / "wait").unlink()
+        try:
+            wait_until(
+                lambda: len(waiting_pids(clusters.orders)) == 3, "all actors are in an episode"
+            )
+            os.kill(backend.learner_pid, signal.SIGKILL)
+            wait_until(dead, "Ray knows that the learner is dead")
+        finally:
+            (clusters.orders / "wait").unlink()
 
     killed = meanwhile(kill)
+    said = r"(?s)learner.*same command.*newest checkpoint"
     try:
-        with pytest.raises(LearnerDied, match=r"(?s)learner.*same command.*newest checkpoint"):
+        with pytest.raises(LearnerDied, match=said):
             Loop(config, family, backend).iterate(Counters())
         with pytest.raises(LearnerDied, match=r"ended in get_state"):
             backend.learner("get_state")
+
+        # An actor may find out first, as it reads parameters that died with the learner.
+        real_get, lost = backend.get, object()
+
+        def get(reference):
+            if reference is lost:
+                raise RayTaskError("collect", "", OwnerDiedError("00" * 28, b"", ""))
+            return real_get(reference)
+
+        monkeypatch.setattr(backend, "get", get)
+        request = Request(Slot(0, (0, 1), (0, 1)), ({"goal": [0.0, 0.0]},), (1,), 1, 20)
+        with pytest.raises(LearnerDied, match=said):
+            backend.receive(lost, backend.lanes[0], request)
     finally:
-        killed()
-        clusters.close()
+        try:
+            killed()
+        finally:
+            clusters.close()
