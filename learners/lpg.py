@@ -18,6 +18,12 @@ that the rule saw to the updates before: this is how y comes to mean something, 
 depend on it otherwise. It stops at θ_0 of the window: windows are K updates of a lifetime of N,
 which goes on with θ_K. H(π) and H(y) are those of θ_k+1 on τ_k, averaged over k.
 
+Beyond the paper, each by a setting: `outer_every_update` takes the first term of L from all of
+τ_1 … τ_K, each under the θ_k that it was collected with, so that the same steps tell of more pairs
+of an update and what came of it; `imitation_coef` adds w mean (π̂ − Â)² over τ_0 … τ_K−1 to L, with
+Â as it is, not normalised; `entropy_coef` adds the policy's entropy to what agents ascend, so that
+a rule need not discover that.
+
 A lifetime of N updates ends; the member then begins another with a new level of its world, a new
 agent and new step sizes. These are drawn by a bandit over (α, α_y) in each world, with
 p ∝ exp((mean of the last 10 final returns + 0.2/√n) / 0.1). The first lifetimes are of staggered
@@ -82,7 +88,8 @@ class Window:
     age: Tensor  # [M], n at τ_0
     length: Tensor  # [M], N
     batches: list[Trajectory]  # τ_0 … τ_K
-    advantage: Tensor  # [M, T, E] of τ_K, normalised
+    advantage: Tensor  # [M, K+1, T, E], as the critic says
+    rated: Tensor  # [M, J, T, E], normalised, of the last J batches: those of the outer loss
 
 
 @dataclass(frozen=True)
@@ -296,9 +303,10 @@ class Lpg:
         c, agent, query = self.config, window.block.agent, window.batches[-1]
         support = window.batches[:-1]
         params, slots = leaves(window.params), window.slots
-        targets, entropies, y_entropies = [], [], []
+        targets, entropies, y_entropies, log_probs = [], [], [], []
         for k, batch in enumerate(support):
             seen = experience(agent, params, batch, window.age + k, window.length)
+            log_probs.append(by_member(seen.prob.log(), batch))
             target = self.rule.target(meta_params, seen, batch)
             targets.append(target)
             params, slots = agent.step(
@@ -308,17 +316,21 @@ class Lpg:
             entropies.append(heads.policy.entropy().mean(1))
             y_entropies.append(heads.y_entropy.mean(1))
         heads = agent.heads(params, query.obs.flatten(1, 2))
-        log_prob = heads.policy.log_prob(query.action.flatten(1, 2)).view_as(query.reward)
+        log_probs.append(heads.policy.log_prob(query.action.flatten(1, 2)).view_as(query.reward))
+        outcome = torch.stack(log_probs[-window.rated.shape[1] :], 1)
         entropy, y_entropy = torch.stack(entropies).mean(0), torch.stack(y_entropies).mean(0)
         pi_hat = torch.stack([target.pi_hat for target in targets])
         y_hat = torch.stack([target.log_y_hat for target in targets]).exp()
         loss = (
-            -(window.advantage * log_prob).mean((1, 2))
+            -(window.rated * outcome).mean((1, 2, 3))
             - c.policy_entropy_coef * entropy
             - c.y_entropy_coef * y_entropy
             + c.pi_hat_coef * pi_hat.square().mean((0, 2, 3))
             + c.y_hat_coef * y_hat.square().sum(-1).mean((0, 2, 3))
         )
+        if c.imitation_coef > 0.0:
+            missed = pi_hat.transpose(0, 1) - window.advantage[:, :-1]
+            loss = loss + c.imitation_coef * missed.square().mean((1, 2, 3))
         shown = [loss, pi_hat.mean((0, 2, 3)), pi_hat.abs().mean((0, 2, 3)), entropy, y_entropy]
         metrics = torch.stack([value.detach().sum() for value in shown])
         return loss, metrics
@@ -348,11 +360,9 @@ class Lpg:
 
     def rates(self, agents: Agents, block: Block) -> Rates:
         """Step sizes of a block's members."""
-        return Rates(
-            block.rows(agents.slots["lr"]),
-            block.rows(agents.slots["alpha_y"]),
-            self.config.max_grad_norm,
-        )
+        c = self.config
+        lr, alpha_y = block.rows(agents.slots["lr"]), block.rows(agents.slots["alpha_y"])
+        return Rates(lr, alpha_y, c.max_grad_norm, c.entropy_coef)
 
     def seen(self, agents: Agents, block: Block, params: Params, batch: Trajectory) -> Experience:
         """What the rule sees of a block's batch."""
@@ -377,16 +387,15 @@ class Lpg:
         critics = [
             self.learned(block, state, data) for block, data in zip(blocks, cut, strict=True)
         ]
-        rated = [
-            block.agent.advantages(block.of(state["critic"]), data[-1], c.gamma, c.gae_lambda)
-            for block, data in zip(blocks, cut, strict=True)
-        ]
-        whole = torch.cat([advantage for advantage, _ in rated])
+        whole = torch.cat(
+            [self.advantages(block, state, data) for block, data in zip(blocks, cut, strict=True)]
+        )
+        rated = whole[:, 1:] if c.outer_every_update else whole[:, -1:]
         if c.ema_advantage:
-            whole, moments = smoothly_normalised(whole, state["advantage"])
+            rated, moments = smoothly_normalised(rated, state["advantage"])
             state = state | {"advantage": moments}
         else:
-            whole = standardise_rows(whole.flatten(1)).view_as(whole)
+            rated = standardise_rows(rated.flatten(0, 1).flatten(1)).view_as(rated)
         windows = [
             Window(
                 block,
@@ -397,10 +406,17 @@ class Lpg:
                 block.rows(trace[0].slots["length"]),
                 data,
                 whole[slice(*block.members)],
+                rated[slice(*block.members)],
             )
             for block, data in zip(blocks, cut, strict=True)
         ]
         return state, windows, critics
+
+    def advantages(self, block: Block, state: State, data: Sequence[Trajectory]) -> Tensor:
+        """GAE on each of a block's batches around its critic before the window, [M, K+1, T, E]."""
+        c, critic = self.config, block.of(state["critic"])
+        rated = [block.agent.advantages(critic, batch, c.gamma, c.gae_lambda)[0] for batch in data]
+        return torch.stack(rated, 1)
 
     def learned(self, block: Block, state: State, data: Sequence[Trajectory]) -> State:
         """A block's critic after one step on each batch."""
@@ -413,13 +429,19 @@ class Lpg:
         return {"critic": critic, "critic_optimizer": slots}
 
 
+def by_member(streams: Tensor, like: Trajectory) -> Tensor:
+    """Values [T, M·E] of streams as [M, T, E]."""
+    num_members, num_steps, num_envs = like.reward.shape
+    return streams.view(num_steps, num_members, num_envs).transpose(0, 1)
+
+
 def smoothly_normalised(advantage: Tensor, moments: Params) -> tuple[Tensor, Params]:
-    """Advantages [M, T, E] less their mean over time, divided by their deviation over time."""
+    """Advantages [M, J, T, E] less their mean over time, divided by their deviation over time."""
     new = {
-        "mean": torch.lerp(advantage.mean((1, 2)), moments["mean"], SCALE_MEMORY),
-        "square": torch.lerp(advantage.square().mean((1, 2)), moments["square"], SCALE_MEMORY),
+        "mean": torch.lerp(advantage.mean((1, 2, 3)), moments["mean"], SCALE_MEMORY),
+        "square": torch.lerp(advantage.square().mean((1, 2, 3)), moments["square"], SCALE_MEMORY),
         "weight": torch.lerp(torch.ones_like(moments["weight"]), moments["weight"], SCALE_MEMORY),
     }
     mean, square = new["mean"] / new["weight"], new["square"] / new["weight"]
     deviation = (square - mean.square()).clamp_min(0.0).sqrt() + 1e-8
-    return (advantage - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1), new
+    return (advantage - mean.view(-1, 1, 1, 1)) / deviation.view(-1, 1, 1, 1), new

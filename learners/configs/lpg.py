@@ -35,6 +35,8 @@ class LifetimeSettings:
     """Step size of critics with networks."""
     members_per_block: int = 8
     """Members updated together. Blocks run side by side on the learner's threads."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy in what an agent ascends, beside what its teacher says."""
     rule_width: int = 256
     """Width of the rule's LSTM."""
     num_predictions: int = 30
@@ -61,6 +63,7 @@ class LifetimeSettings:
             check_positive(name, getattr(self, name))
         for name in ("gamma", "gae_lambda", "critic_rate"):
             check_number(name, getattr(self, name), 0.0, 1.0)
+        check_number("entropy_coef", self.entropy_coef, 0.0, sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,12 @@ class LpgConfig(LifetimeSettings):
     adam_per_lifetime: bool = False
     """Each lifetime's meta-gradient passes through an Adam of its own before the average, as in
     DiscoRL; members_per_block must be 1."""
+    outer_every_update: bool = False
+    """The outer loss is of τ_1 … τ_K, each under the θ_k that it was collected with, and not of τ_K
+    alone: the same steps tell of K (K + 1) / 2 pairs of an update and what came of it, not of K."""
+    imitation_coef: float = 0.0
+    """Weight in the outer loss of mean (π̂ − Â)², Â being the critic's advantage: the rule is shown
+    what a hand-written one would say."""
     ema_advantage: bool = False
     """Advantages of the outer loss are normalised by moments over time and not over the batch, as
     in DiscoRL."""
@@ -112,7 +121,13 @@ class LpgConfig(LifetimeSettings):
             check_whole(name, getattr(self, name))
         for name in ("meta_lr", "meta_max_grad_norm"):
             check_positive(name, getattr(self, name))
-        for name in ("policy_entropy_coef", "y_entropy_coef", "pi_hat_coef", "y_hat_coef"):
+        for name in (
+            "policy_entropy_coef",
+            "y_entropy_coef",
+            "pi_hat_coef",
+            "y_hat_coef",
+            "imitation_coef",
+        ):
             check_number(name, getattr(self, name), 0.0, sys.float_info.max)
         for name in ("tabular_lrs", "network_lrs", "alpha_ys"):
             if not getattr(self, name):
@@ -141,8 +156,6 @@ class LpgAgentConfig(LifetimeSettings):
     """Step size of agents with networks."""
     alpha_y: float = 0.5
     """Weight of the prediction's update."""
-    entropy_coef: float = 0.0
-    """Weight of the policy's entropy."""
     lifetime_updates: int = 2500
     """N of a rule that sees lifetimes."""
 
@@ -152,6 +165,5 @@ class LpgAgentConfig(LifetimeSettings):
         check_whole("lifetime_updates", self.lifetime_updates)
         for name in ("tabular_lr", "network_lr", "alpha_y"):
             check_positive(name, getattr(self, name))
-        check_number("entropy_coef", self.entropy_coef, 0.0, sys.float_info.max)
         if self.teacher not in TEACHERS:
             raise ConfigError(f"teacher must be one of {TEACHERS}, not {self.teacher!r}")

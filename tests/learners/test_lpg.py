@@ -87,11 +87,16 @@ def test_the_prediction_moves_towards_its_target():
     torch.testing.assert_close(y, wanted.exp().expand_as(y), rtol=0.0, atol=1e-3)
 
 
-@pytest.mark.parametrize("max_grad_norm", [100.0, 0.05])
-@pytest.mark.parametrize("num_updates", [1, 2, 5])
+BEYOND = {"outer_every_update": True, "imitation_coef": 0.7, "entropy_coef": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("num_updates", "max_grad_norm", "settings"),
+    [(k, norm, {}) for k in (1, 2, 5) for norm in (100.0, 0.05)] + [(3, 0.05, BEYOND)],
+)
 @pytest.mark.parametrize("world", ["table", "dense", "conv"])
 def test_the_meta_gradient_is_that_of_finite_differences(
-    world, num_updates, max_grad_norm, monkeypatch
+    world, num_updates, max_grad_norm, settings, monkeypatch
 ):
     """The clip is active at 0.05. Adam is differentiated whole, from a second moment off zero."""
     learner = make_learner(
@@ -100,6 +105,7 @@ def test_the_meta_gradient_is_that_of_finite_differences(
         max_grad_norm=max_grad_norm,
         sees_lifetime=True,
         channels=2 if world == "conv" else 0,
+        **settings,
     )
     if world != "table":
         monkeypatch.setattr(population, "AGENT_ADAM", Adam(eps=1e-2, stop_second_moment=False))
@@ -122,6 +128,52 @@ def test_the_meta_gradient_is_that_of_finite_differences(
         assert found[index] == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5, abs=1e-8)
 
 
+def test_the_outer_loss_is_of_the_last_batch_or_of_every_one_after_an_update():
+    for every, counted in ((False, [2]), (True, [1, 2])):
+        learner = make_learner(
+            (TABLE,), num_inner_updates=2, members_per_block=4, outer_every_update=every
+        )
+        state = make_state(learner)
+        trace, batches = make_window(learner, state)
+        (window,) = windows_of(learner, state, trace, batches)
+        block = window.block
+        expected = torch.zeros(4, dtype=torch.float64)
+        for k in counted:
+            data = batches[k].members(*block.members)
+            critic = block.of(state["critic"])
+            advantage = block.agent.advantages(
+                critic, data, learner.config.gamma, learner.config.gae_lambda
+            )[0].flatten(1)
+            normal = (advantage - advantage.mean(1, keepdim=True)) / advantage.std(
+                1, correction=0, keepdim=True
+            )
+            heads = block.agent.heads(block.of(trace[k].params), data.obs.flatten(1, 2))
+            log_prob = heads.policy.log_prob(data.action.flatten(1, 2))
+            expected -= (normal * log_prob).mean(1) / len(counted)
+        zero = ("policy_entropy_coef", "y_entropy_coef", "pi_hat_coef", "y_hat_coef")
+        alone = replace(learner, config=replace(learner.config, **dict.fromkeys(zero, 0.0)))
+        found, _ = alone.loss(state["meta_params"], window)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_imitation_adds_what_the_rule_misses_of_the_advantage():
+    learner = make_learner((TABLE,), num_inner_updates=1, members_per_block=4)
+    state = make_state(learner)
+    trace, batches = make_window(learner, state)
+    (window,) = windows_of(learner, state, trace, batches)
+    taught = replace(learner, config=replace(learner.config, imitation_coef=2.0))
+    plain, more = (who.loss(state["meta_params"], window)[0] for who in (learner, taught))
+    block, data = window.block, window.batches[0]
+    seen = learner.seen(trace[0], block, block.of(trace[0].params), data)
+    pi_hat = learner.rule.target(state["meta_params"], seen, data).pi_hat
+    advantage = block.agent.advantages(
+        block.of(state["critic"]), data, learner.config.gamma, learner.config.gae_lambda
+    )[0]
+    missed = (pi_hat - advantage).square().mean((1, 2))
+    torch.testing.assert_close(more - plain, 2.0 * missed, rtol=1e-9, atol=1e-12)
+    assert float(missed.min()) > 0.0
+
+
 def test_every_part_of_the_rule_has_gradient_through_the_agents_alone():
     """Without the terms that look at π̂, ŷ and y: ŷ matters by what later updates see of y."""
     learner = make_learner(
@@ -134,7 +186,7 @@ def test_every_part_of_the_rule_has_gradient_through_the_agents_alone():
         assert float(slope.abs().max()) > 1e-12, name
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema_advantage": True}])
+@pytest.mark.parametrize("settings", [{}, {"ema_advantage": True}, BEYOND])
 def test_a_window_in_chunks_is_the_window_whole(settings):
     updated = []
     for size in (4, 1):
@@ -256,7 +308,7 @@ def test_one_adam_for_each_lifetime_takes_steps_of_one_size():
 
 
 def test_moments_over_time_normalise_as_their_batch_does_at_first():
-    advantage = torch.randn(3, 5, 4, dtype=torch.float64) * 7.0 + 2.0
+    advantage = torch.randn(3, 2, 5, 4, dtype=torch.float64) * 7.0 + 2.0
     zeros = torch.zeros(3, dtype=torch.float64)
     normal, moments = smoothly_normalised(
         advantage, {"mean": zeros, "square": zeros, "weight": zeros}
