@@ -151,6 +151,7 @@ class Rl2(Online):
         trials, moments, explained = self.prepared(state, batch)
         params, slots, count = state["params"], state["optimizer"], state["counters"]["num_updates"]
         lr = decayed(c.lr, int(count[0]), c.lr_decay_updates)
+        entropy_coef = decayed(c.entropy_coef, int(count[0]), c.entropy_decay_updates)
         order = minibatches(
             state["counters"]["seed"],
             count,
@@ -161,13 +162,13 @@ class Rl2(Online):
         natural: Metrics = {}
         names = list(params)
         if c.outer == "trpo":
-            params, natural = self.natural_step(params, trials, reduce)
+            params, natural = self.natural_step(params, trials, entropy_coef, reduce)
             names = [name for name in names if name.startswith(VALUE)]
         totals: dict[str, Tensor] = {}
         for (rows,) in order.to(trials.valid.device):
             trained = {name: params[name] for name in names}
             leaf = leaves(trained)
-            loss, parts = self.loss(params | leaf, trials.take(rows))
+            loss, parts = self.loss(params | leaf, trials.take(rows), entropy_coef)
             grads, norms = self.clipped(gradients(loss, leaf))
             shrunk = {name: p * (1.0 - lr * c.weight_decay) for name, p in trained.items()}
             new, kept = OPTIMIZER.update(shrunk, grads, slots, lr)
@@ -253,7 +254,9 @@ class Rl2(Online):
         with torch.no_grad():
             return torch.cat([function(some) for some in torch.split(obs, size, 1)], 1)
 
-    def loss(self, params: Params, trials: Trials) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, params: Params, trials: Trials, entropy_coef: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on some trials, with gradient to `params`, and its parts."""
         c, t = self.config, trials
         dist = self.policy.distribution(part(params, POLICY), t.obs)
@@ -266,7 +269,7 @@ class Rl2(Online):
         policy_loss = mean(clipped_surrogate(log_ratio, t.advantage, c.clip_ratio))
         value_loss = mean(huber_loss(value, t.returns, reduction="none"))
         entropy = mean(dist.entropy().expand_as(t.valid))
-        loss = policy_loss + c.value_coef * value_loss - c.entropy_coef * entropy
+        loss = policy_loss + c.value_coef * value_loss - entropy_coef * entropy
         parts = {
             "meta/loss": loss,
             "meta/policy_loss": policy_loss,
@@ -278,7 +281,7 @@ class Rl2(Online):
         return loss, parts
 
     def natural_step(
-        self, params: Params, trials: Trials, reduce: Reduce
+        self, params: Params, trials: Trials, entropy_coef: float, reduce: Reduce
     ) -> tuple[Params, Metrics]:
         """The policy after a step of TRPO on all trials; its curvature is that of some of them."""
         c, num_trials = self.config, trials.valid.shape[1]
@@ -294,7 +297,7 @@ class Rl2(Online):
             log_ratio = dist.log_prob(some.action) - some.log_prob
             gain = (clipped_surrogate(log_ratio, some.advantage, None) * some.valid).sum()
             entropy = (dist.entropy().expand_as(some.valid) * some.valid).sum()
-            return (gain - c.entropy_coef * entropy) / some.valid.sum(), dist
+            return (gain - entropy_coef * entropy) / some.valid.sum(), dist
 
         losses, slopes, before = [], [], []
         for own, share in zip(rows, shares, strict=True):

@@ -15,6 +15,9 @@ LARGE = replace(SMALL, width=128, num_minibatches=5, entropy_coef=0.04, max_grad
 """For longer trials; with less entropy the policy settles before it has found how to explore. The
 paper's own size is `--width 256 --num-epochs 8 --num-members 2500`."""
 
+LONG_BANDIT = replace(LARGE, entropy_decay_updates=800)
+"""Entropy costs reward once exploring is learned: some half a pull of a hundred."""
+
 
 def rl2(
     name: str,
@@ -56,7 +59,7 @@ def bandit(pulls: int, arms: int) -> tuple[str, Callable[[], RunConfig]]:
         name,
         "bandit",
         options,
-        SMALL if pulls == 10 else LARGE,
+        SMALL if pulls == 10 else LONG_BANDIT,
         doc,
         num_members=num_members,
         iterations=iterations,

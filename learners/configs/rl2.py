@@ -39,6 +39,8 @@ class Rl2Config:
     """Weight of the value loss."""
     entropy_coef: float = 0.01
     """Weight of the policy's entropy."""
+    entropy_decay_updates: int = 0
+    """Updates after which that weight has fallen linearly to 0; 0 keeps it constant."""
     standardise_advantages: bool = True
     """Whether a batch's advantages are given mean 0 and deviation 1."""
     max_grad_norm: float = 1.0
@@ -74,5 +76,6 @@ class Rl2Config:
             check_positive(name, getattr(self, name))
         for name in ("weight_decay", "value_coef", "entropy_coef"):
             check_number(name, getattr(self, name), 0.0, sys.float_info.max)
-        if self.lr_decay_updates != 0:
-            check_whole("lr_decay_updates", self.lr_decay_updates)
+        for name in ("lr_decay_updates", "entropy_decay_updates"):
+            if getattr(self, name) != 0:
+                check_whole(name, getattr(self, name))

@@ -166,7 +166,7 @@ def test_the_loss_is_the_one_of_the_head_of_the_module():
     learner = make(value_coef=0.7, entropy_coef=0.3)
     state = started(learner)
     trials, _, _ = learner.prepared(state, make_batch(learner, state, ends=4))
-    loss, parts = learner.loss(state["params"], trials)
+    loss, parts = learner.loss(state["params"], trials, 0.3)
     torch.testing.assert_close(loss, written_out_loss(learner, state["params"], trials))
     assert 0.0 < float(parts["rl2/clipped"]) < 1.0
 
@@ -176,7 +176,7 @@ def test_the_gradient_through_the_whole_trial_agrees_with_finite_differences():
     state = started(learner)
     trials, _, _ = learner.prepared(state, make_batch(learner, state, ends=4))
     params = {name: p.clone().requires_grad_() for name, p in state["params"].items()}
-    loss, _ = learner.loss(params, trials)
+    loss, _ = learner.loss(params, trials, 0.3)
     grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
     eps = 1e-6
     for name, grad in grads.items():
@@ -185,7 +185,7 @@ def test_the_gradient_through_the_whole_trial_agrees_with_finite_differences():
             for sign in (1.0, -1.0):
                 moved = {n: p.detach().clone() for n, p in params.items()}
                 moved[name].view(-1)[index] += sign * eps
-                shifted.append(float(learner.loss(moved, trials)[0]))
+                shifted.append(float(learner.loss(moved, trials, 0.3)[0]))
             slope = (shifted[0] - shifted[1]) / (2.0 * eps)
             assert grad.view(-1)[index].item() == pytest.approx(slope, rel=1e-4, abs=1e-8), name
 
@@ -200,7 +200,7 @@ def test_one_minibatch_is_one_step_of_adam_with_decay():
         6,
         generator=torch.Generator().manual_seed(int(state["counters"]["seed"][0]) * 1_000_003 + 1),
     )
-    loss, _ = learner.loss(leaf, trials.take(order))
+    loss, _ = learner.loss(leaf, trials.take(order), learner.config.entropy_coef)
     grads = dict(zip(leaf, torch.autograd.grad(loss, list(leaf.values())), strict=True))
     for prefix in (POLICY, VALUE):
         names = [name for name in grads if name.startswith(prefix)]
@@ -214,15 +214,34 @@ def test_one_minibatch_is_one_step_of_adam_with_decay():
         torch.testing.assert_close(p, expected[name])
 
 
+@pytest.mark.parametrize("outer", ["ppo", "trpo"])
+def test_the_weight_of_the_entropy_falls_to_nothing(outer):
+    """After half the updates it is half, after all of them the update is as without."""
+
+    def updated(done, **settings):
+        learner = make(outer=outer, **settings)
+        state = started(make())
+        batch = make_batch(learner, state)
+        state["counters"]["num_updates"] = torch.tensor([done])
+        return learner.meta_update(state, [], [batch])[0]["params"]
+
+    for done, weight in ((0, 0.4), (5, 0.2), (10, 0.0), (12, 0.0)):
+        found = updated(done, entropy_coef=0.4, entropy_decay_updates=10)
+        plain = updated(done, entropy_coef=weight)
+        assert all(torch.equal(found[name], p) for name, p in plain.items())
+        other = updated(done, entropy_coef=weight + 0.1)
+        assert not all(torch.equal(found[name], p) for name, p in other.items())
+
+
 def test_two_minibatches_see_every_trial_once_an_epoch(monkeypatch):
     learner = make()
     state = started(learner)
     seen = []
     loss = Rl2.loss
 
-    def noted(self, params, trials):
+    def noted(self, params, trials, entropy_coef):
         seen.append(trials.obs[0, :, 0].tolist())
-        return loss(self, params, trials)
+        return loss(self, params, trials, entropy_coef)
 
     monkeypatch.setattr(Rl2, "loss", noted)
     batch = make_batch(learner, state)
