@@ -27,10 +27,12 @@ class Backend(Protocol):
 
     actor_restarts: int
     """Workers that died and came back, so far."""
+    device: str
+    """Where the learner computes."""
 
     @property
     def pids(self) -> list[int]:
-        """Processes of driver, learner and workers."""
+        """Processes of driver, learner and workers on this machine."""
         ...
 
     def learner(self, method: str, *args: Any) -> Any:

@@ -22,6 +22,8 @@ USAGE = """\
 metaloop: distributed actor-learner meta-reinforcement learning
 
   metaloop train PRESET [flags]     train, or go on with the run that is in the folder
+  metaloop submit PRESET --address http://HEAD:8265 [flags]
+                                    the same as a job of a Ray cluster
   metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
   metaloop export RUN [--out DIR]   the update rule of a run of lpg, for --rule
   metaloop bench NAME [flags]       seconds of a meta-iteration, and of its parts
@@ -45,6 +47,16 @@ class TrainArguments:
 
 
 @dataclass(frozen=True)
+class SubmitArguments(TrainArguments):
+    """What `submit` takes: --address is that of the cluster's dashboard."""
+
+    wait: bool = False
+    """Show the job's log and end as it does: 0 done, 1 failed, 130 stopped."""
+    submission_id: str | None = None
+    """Name of the job; by default Ray makes one."""
+
+
+@dataclass(frozen=True)
 class EvaluateArguments:
     """What `evaluate` takes."""
 
@@ -58,6 +70,8 @@ class EvaluateArguments:
     """ray or serial; by default as in training."""
     num_actors: int | None = None
     """Rollout actors; by default as in training."""
+    address: str | None = None
+    """Address of a running Ray cluster; by default a local one, wherever the run was trained."""
     device: Literal["auto", "cpu", "cuda"] | None = None
     """Where the learner computes; by default as in training."""
 
@@ -105,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.append(os.getcwd())
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": train,
+        "submit": submit,
         "evaluate": evaluate,
         "export": export,
         "bench": bench,
@@ -159,15 +174,52 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
+RAY_ONLY = ("num_actors", "address", "timeout_s", "object_store_mb")
+JOINING_ONLY = ("accept_open_cluster", "wait_for_nodes")
+
+
 def warn_of_settings_without_effect(runtime: RuntimeConfig) -> None:
-    """Names what only Ray heeds, where it was changed for a serial run."""
-    if runtime.backend == "ray":
-        return
+    """Names what only Ray, or only a cluster that is joined, heeds, where it is neither."""
     default = RuntimeConfig()
-    for name in ("num_actors", "address", "timeout_s", "object_store_mb"):
+    unheeded: tuple[str, ...]
+    if runtime.backend == "serial":
+        unheeded, why = (*RAY_ONLY, *JOINING_ONLY), "with --backend serial"
+    elif runtime.address is None:
+        unheeded, why = JOINING_ONLY, "without --address"
+    else:
+        unheeded, why = ("object_store_mb",), "with --address"
+    for name in unheeded:
         if getattr(runtime, name) != getattr(default, name):
-            flag = name.replace("_", "-")
-            print(f"--{flag} has no effect with --backend serial", file=sys.stderr)
+            print(f"--{name.replace('_', '-')} has no effect {why}", file=sys.stderr)
+
+
+def submit(arguments: list[str]) -> int:
+    """Metaloop submit PRESET --address URL [flags]."""
+    parsed = parse_config(arguments, "submit", VisibleSubmitArguments)
+    from system import submit as jobs
+
+    assert isinstance(parsed, VisibleSubmitArguments)
+    flags = without_flags(arguments[1:], ("--address", "--submission-id"), ("--wait", "--no-wait"))
+    job = jobs.Job(parsed.config, parsed.run_dir, tuple(flags), parsed.submission_id)
+    client, submission_id = jobs.submit(job)
+    return jobs.follow(client, submission_id, job) if parsed.wait else 0
+
+
+def without_flags(
+    arguments: Sequence[str], with_value: Sequence[str], alone: Sequence[str]
+) -> list[str]:
+    """The arguments but for some flags, written --flag VALUE, --flag=VALUE or --flag."""
+    rest: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        flag, equals, _ = argument.partition("=")
+        flag = flag.replace("_", "-") if flag.startswith("--") else flag
+        if flag in with_value:
+            if not equals:
+                next(waiting, None)
+        elif flag not in alone:
+            rest.append(argument)
+    return rest
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -180,7 +232,7 @@ def evaluate(arguments: list[str]) -> int:
         name: value
         for name in ("eval_tasks", "backend", "num_actors", "device")
         if (value := getattr(parsed, name)) is not None
-    }
+    } | {"address": parsed.address}
     result = run.evaluate(parsed.run, changes)
     if parsed.json:
         print(json.dumps(result))
@@ -248,8 +300,10 @@ def show(arguments: list[str]) -> int:
 # --- Parsing ---
 
 
-def parse_config(arguments: list[str], verb: str) -> TrainArguments:
-    """The preset named first, changed by the flags after it.
+def parse_config(
+    arguments: list[str], verb: str, kind: type[TrainArguments] | None = None
+) -> TrainArguments:
+    """The preset named first, changed by the flags after it, as a `kind` of arguments.
 
     Raises:
         ConfigError: an unknown preset, task, flag or task option; the message has the closest.
@@ -257,6 +311,7 @@ def parse_config(arguments: list[str], verb: str) -> TrainArguments:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: metaloop {verb} PRESET [flags]\n\npresets: {', '.join(PRESETS)}")
         raise SystemExit(0)
+    kind = kind or VisibleTrainArguments
     name, *rest = arguments
     if name not in PRESETS:
         raise ConfigError(
@@ -265,13 +320,13 @@ def parse_config(arguments: list[str], verb: str) -> TrainArguments:
         )
     rest, options = take_task_options(rest)
     defaults = PRESETS[name]()
-    known = flag_names(TrainArguments, type(defaults.learner))
+    known = flag_names(kind, type(defaults.learner))
     check_flags(rest, known, f"metaloop {verb} {name} --help")
     hidden = tyro.conf.configure(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     parsed = tyro.cli(
-        hidden(VisibleTrainArguments),
+        hidden(kind),
         args=rest,
-        default=VisibleTrainArguments(defaults),
+        default=kind(defaults),
         prog=f"metaloop {verb} {name}",
         description=f"{PRESETS[name].__doc__ or ''}\n\n{TASK_OPTION_HELP}",
     )
@@ -281,12 +336,21 @@ def parse_config(arguments: list[str], verb: str) -> TrainArguments:
         config = replace(config, task_options={})
     if options:
         config = replace(config, task_options=config.task_options | typed_options(config, options))
-    return TrainArguments(config, parsed.run_dir)
+    return replace(parsed, config=config)
 
 
 @dataclass(frozen=True)
 class VisibleTrainArguments(TrainArguments):
     """`TrainArguments` as the command line sees them: the preset's own fields are not flags."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: RunConfig(preset="", task="")
+    )
+
+
+@dataclass(frozen=True)
+class VisibleSubmitArguments(SubmitArguments):
+    """`SubmitArguments` as the command line sees them."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=lambda: RunConfig(preset="", task="")

@@ -33,6 +33,10 @@ class RuntimeConfig:
     """Rollout actors, one CPU each."""
     address: str | None = None
     """Address of a running Ray cluster; a local one is started without it."""
+    accept_open_cluster: bool = False
+    """Join a cluster that lets in who has no token; only behind a wall of another kind."""
+    wait_for_nodes: bool = False
+    """Wait for an autoscaler to bring the CPUs that the cluster lacks, instead of giving up."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner computes."""
     learner_threads: int = 2

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
-import psutil
 import ray
 from ray.exceptions import (
     GetTimeoutError,
@@ -28,19 +28,22 @@ from ray.exceptions import (
 
 from actors.family import TaskFamily
 from actors.rollout import Carry, Chunk, Receipt, Request, RolloutWorker
-from learners.core.errors import ConfigError
 from learners.core.policy import Policy
 from learners.core.population import Population
 from system.backend import AGENTS, Arrival, RolloutError, describe
-from system.config import RunConfig, RuntimeConfig
+from system.cluster import resources, start_ray
+from system.config import RunConfig
 from system.learner_host import LearnerHost
 from system.parameter_server import ParameterServer, Published
 
 IN_FLIGHT = 2
 """Requests that an actor has at a time: one being collected, one waiting."""
 
-PROCESS_MB = 450
-"""Memory that one actor or learner process needs at least."""
+LEARNER_PLACE: dict[str, Any] = {
+    "label_selector": {"metaloop.role": "learner"},
+    "fallback_strategy": [{"label_selector": {}}],
+}
+"""A node with this label where there is one (`ray start --labels metaloop.role=learner`)."""
 
 
 class UnknownVersion(LookupError):
@@ -49,6 +52,22 @@ class UnknownVersion(LookupError):
 
 class LearnerDied(RuntimeError):
     """The learner's process ended."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process in the cluster."""
+
+    pid: int
+    node: str
+    """Ray's name of the node; two of them may share an address."""
+    address: str
+
+
+def this_place() -> Place:
+    """The process that asks."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return Place(os.getpid(), ray.get_runtime_context().get_node_id(), address)
 
 
 # --- The actors ---
@@ -91,9 +110,9 @@ class RolloutActor:
             raise UnknownVersion(f"version {version}")
         return self.published
 
-    def pid(self) -> int:
-        """Process id; answers once the actor is ready."""
-        return os.getpid()
+    def where(self) -> Place:
+        """Where it runs; answers once the actor is ready."""
+        return this_place()
 
 
 @ray.remote
@@ -127,36 +146,9 @@ class LearnerActor:
         """Calls the host."""
         return getattr(self.host, method)(*args)
 
-    def info(self) -> tuple[int, Policy | Population, str]:
-        """Process id, what acts, and the device."""
-        return os.getpid(), self.host.learner.policy, str(self.host.device)
-
-
-# --- Starting a cluster ---
-
-
-def check_machine(runtime: RuntimeConfig) -> None:
-    """Refuses to start a local cluster that this machine cannot hold.
-
-    Raises:
-        ConfigError: memory or CPUs are missing; the message says how much and what to do.
-    """
-    needed = runtime.object_store_mb + PROCESS_MB * (runtime.num_actors + 2)
-    free = psutil.virtual_memory().available // 2**20
-    if free < needed:
-        raise ConfigError(
-            f"memory: a local Ray cluster with {runtime.num_actors} actors needs about "
-            f"{needed} MB and {free} MB are free. Use fewer --num-actors, a smaller "
-            f"--object-store-mb, or --backend serial."
-        )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores and runtime.num_actors > cores:
-        logging.getLogger("metaloop").warning(
-            "%d actors on %d CPU cores: they will take turns; --num-actors %d is as fast",
-            runtime.num_actors,
-            cores,
-            cores,
-        )
+    def info(self) -> tuple[Place, Policy | Population, str]:
+        """Where it runs, what acts, and the device."""
+        return this_place(), self.host.learner.policy, str(self.host.device)
 
 
 def advise_on_threads(config: RunConfig) -> None:
@@ -172,50 +164,14 @@ def advise_on_threads(config: RunConfig) -> None:
         )
 
 
-def start_ray(runtime: RuntimeConfig) -> None:
-    """Joins the cluster at `runtime.address`, or starts a local one.
-
-    Raises:
-        ConfigError: the cluster cannot be reached, started, or is too small.
-    """
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if runtime.address is None:
-        check_machine(runtime)
-        options |= {
-            "num_cpus": runtime.num_actors,
-            "object_store_memory": runtime.object_store_mb * 2**20,
-            "include_dashboard": False,
-        }
-        advice = (
-            "Ray's processes need free ports on the loopback interface and space in the "
-            "temporary folder; `metaloop train … --backend serial` does without Ray"
-        )
-    else:
-        options["address"] = runtime.address
-        advice = (
-            "check that the address is that of a running cluster's head, that its port is open "
-            "from here, and that the authentication token is set"
-        )
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as error:
-        place = runtime.address or "a local cluster"
-        raise ConfigError(f"Ray did not start ({place}): {error}. {advice}.") from error
-    cpus = resources().get("CPU", 0)
-    if cpus < runtime.num_actors:
-        place = f"the cluster at {runtime.address}" if runtime.address else "the local cluster"
-        ray.shutdown()
-        raise ConfigError(
-            f"CPU: {place} has {cpus:g} CPUs and {runtime.num_actors} actors need one each. "
-            f"Use --num-actors {max(int(cpus), 1)} or add nodes."
-        )
-
-
-def resources() -> dict[str, float]:
-    """What the cluster has, by name."""
-    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return found
+def describe_places(learner: Place, device: str, actors: Sequence[Place]) -> str:
+    """Which node does what, in one line."""
+    counts = Counter((place.address, place.node[:6]) for place in actors)
+    spread = ", ".join(f"{count} on {ip} ({node})" for (ip, node), count in sorted(counts.items()))
+    return (
+        f"nodes        learner on {learner.address} ({learner.node[:6]}, {device}); "
+        f"actors on {len(counts)} nodes: {spread}"
+    )
 
 
 # --- The backend ---
@@ -223,9 +179,10 @@ def resources() -> dict[str, float]:
 
 @dataclass
 class Lane:
-    """An actor, what it is working on, and the process that last answered."""
+    """An actor, where it began, what it is working on, and the process that last answered."""
 
     actor: Any
+    place: Place
     pid: int
     in_flight: list[Any] = field(default_factory=list)
 
@@ -243,17 +200,21 @@ class RayBackend:
         options = {"name": server, "num_cpus": 0, "max_restarts": -1, "max_task_retries": 3}
         self.server = ray.remote(ParameterServer).options(**options).remote()
         gpus = 1 if self.wants_gpu() else 0
-        self.learner_actor = LearnerActor.options(num_cpus=0, num_gpus=gpus).remote(  # type: ignore[attr-defined]
-            config, family, seeds, self.server
-        )
-        self.learner_pid, policy, self.device = self.get(self.learner_actor.info.remote())
+        placed = LearnerActor.options(num_cpus=0, num_gpus=gpus, **LEARNER_PLACE)  # type: ignore[attr-defined]
+        self.learner_actor = placed.remote(config, family, seeds, self.server)
+        self.learner_place, policy, self.device = self.get(self.learner_actor.info.remote())
+        self.learner_pid = self.learner_place.pid
+        spread = RolloutActor.options(num_cpus=1, max_restarts=-1, scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
         actors = [
-            RolloutActor.options(num_cpus=1, max_restarts=-1).remote(  # type: ignore[attr-defined]
-                family, policy, server, self.timeout_s
-            )
+            spread.remote(family, policy, server, self.timeout_s)
             for _ in range(config.runtime.num_actors)
         ]
-        self.lanes = [Lane(actor, self.get(actor.pid.remote())) for actor in actors]
+        places = self.get([actor.where.remote() for actor in actors])
+        self.lanes = [
+            Lane(actor, place, place.pid) for actor, place in zip(actors, places, strict=True)
+        ]
+        if config.runtime.address is not None:
+            print(describe_places(self.learner_place, self.device, places), file=sys.stderr)
         self.waiting: deque[tuple[Request, Any]] = deque()
         self.running: dict[Any, tuple[Lane, Request, Any, Any, Any]] = {}
         self.unclaimed: list[Arrival] = []
@@ -261,8 +222,11 @@ class RayBackend:
 
     @property
     def pids(self) -> list[int]:
-        """Driver, learner and actors, as far as they last answered."""
-        return [os.getpid(), self.learner_pid, *(lane.pid for lane in self.lanes)]
+        """Driver, learner and actors of the driver's node, as far as they last answered."""
+        here = ray.get_runtime_context().get_node_id()
+        learner = [self.learner_pid] if self.learner_place.node == here else []
+        actors = [lane.pid for lane in self.lanes if lane.place.node == here]
+        return [os.getpid(), *learner, *actors]
 
     def wants_gpu(self) -> bool:
         """Whether the learner asks Ray for a GPU."""

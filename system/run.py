@@ -102,8 +102,11 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         StoppedRun: ten updates in a row were skipped because of non-finite tensors.
     """
     config = rules.resolved(config)
-    check_replicas(config, load_family(config.task, config.task_options).spec)
-    device = str(choose_device(config.runtime.device))
+    # The learner of a cluster that is joined has memory and a device of its own.
+    elsewhere = config.runtime.backend == "ray" and config.runtime.address is not None
+    available = sys.maxsize if elsewhere else None
+    check_replicas(config, load_family(config.task, config.task_options).spec, available)
+    device = config.runtime.device if elsewhere else str(choose_device(config.runtime.device))
     run_folder.open_folder(folder, config, device)
     restored = run_folder.restore(folder)
     # Ray sets a handler of its own when it starts, so ours comes after it.
@@ -120,7 +123,7 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         resume_step = counters.iteration if restored is not None else None
         with Telemetry(folder, resume_step) as telemetry:
             telemetry.config_text(to_dict(config))
-            print(f"run folder   {folder}   device {device}")
+            print(f"run folder   {folder}   device {backend.device}")
             print(f"TensorBoard  tensorboard --logdir {folder}")
             counters, result = iterate(config, folder, loop, counters, telemetry, interrupt)
         if counters.iteration < config.iterations:

@@ -24,6 +24,7 @@ class SerialBackend:
         self.host = LearnerHost(
             config.learner, family.spec, seeds, runtime.device, runtime.learner_threads
         )
+        self.device = str(self.host.device)
         self.server = ParameterServer()
         self.host.publish = lambda version, blocks: self.server.publish(AGENTS, version, blocks)
         self.worker = RolloutWorker(family, self.host.learner.policy)

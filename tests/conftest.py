@@ -28,6 +28,17 @@ TINY_FLAGS = (
 """The same run as `tiny_run`, as flags."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_token(tmp_path_factory):
+    """The file of a token for the clusters of the tests: that of whoever runs them stays out."""
+    path = tmp_path_factory.mktemp("access") / "auth_token"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            patch.delenv(name, raising=False)
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+        yield path
+
+
 @pytest.fixture
 def torch_threads():
     """Puts the number of torch threads back, which is global to the process."""

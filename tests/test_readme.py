@@ -1,7 +1,9 @@
 """Every command and code block of the README, run from a folder of its own.
 
 Training commands get flags that shorten them; nothing else is changed. `make train` and `make test`
-are the commands that run these tests and their long form, so only their targets are checked.
+are the commands that run these tests and their long form, so only their targets are checked. Blocks
+of bash are for a cluster: `tests/system/test_submit.py` runs their like, here their flags are
+checked.
 """
 
 from __future__ import annotations
@@ -117,6 +119,32 @@ def check_tensorboard(line: str, folder: Path) -> None:
     adapting = of_run["maml-trpo-navigation-2d-seed0"]
     assert {"adapt/gain", "adapt/ep_rew_mean_0", "eval/gain"} <= adapting
     assert {"rollout/ep_rew_mean", "eval/ep_rew_mean_0"} <= of_run["ppo-cartpole-seed0"]
+
+
+def cluster_commands(name: str) -> list[list[str]]:
+    """The commands of the blocks for a cluster that begin with `name`."""
+    lines = [shlex.split(line, comments=True) for b in blocks("bash") for line in b.splitlines()]
+    assert {words[0] for words in lines if words} == {"ray", "export", "ssh", "metaloop"}
+    return [words for words in lines if words and words[0] == name]
+
+
+def test_cluster_commands_have_the_flags_that_they_name() -> None:
+    from ray.scripts.scripts import cli as ray_cli
+
+    from system.cli import VisibleSubmitArguments, parse_config
+
+    for _, verb, *rest in cluster_commands("ray"):
+        known = {option for param in ray_cli.commands[verb].params for option in param.opts}
+        flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+        assert flags
+        assert set(flags) <= known, (verb, flags)
+    ((_, verb, *arguments),) = cluster_commands("metaloop")
+    assert verb == "submit"
+    parsed = parse_config(arguments, "submit", VisibleSubmitArguments)
+    assert isinstance(parsed, VisibleSubmitArguments)
+    assert parsed.wait
+    assert parsed.run_dir is not None
+    assert parsed.run_dir.is_absolute()
 
 
 @pytest.mark.slow

@@ -198,7 +198,10 @@ def test_cuda_that_is_not_there_is_refused(metaloop, tiny_train, monkeypatch):
     assert not tiny_train[-1].exists()
 
 
-@pytest.mark.parametrize("setting", [("--num-actors", "3"), ("--address", "127.0.0.1:6379")])
+@pytest.mark.parametrize(
+    "setting",
+    [("--num-actors", "3"), ("--address", "127.0.0.1:6379"), ("--accept-open-cluster",)],
+)
 def test_a_setting_without_effect_is_not_passed_over_in_silence(metaloop, tiny_train, setting):
     _, out, err = metaloop(*tiny_train, *setting)
     assert setting[0] in out + err
@@ -385,6 +388,17 @@ def test_evaluate_json_prints_one_object_and_nothing_else(command_line, trained)
     assert result["iteration"] == 1
 
 
+@pytest.mark.parametrize("given", [None, "192.0.2.7:6379"])
+def test_evaluate_stays_on_this_machine_unless_told(metaloop, trained, monkeypatch, given):
+    """Also where the run was trained on a cluster."""
+    from system import run
+
+    asked = []
+    monkeypatch.setattr(run, "evaluate", lambda folder, changes: asked.append(changes) or {})
+    metaloop("evaluate", trained, "--json", *(["--address", given] if given else []))
+    assert asked[0]["address"] == given
+
+
 def test_evaluate_prints_a_table(metaloop, trained):
     status, out, _ = metaloop("evaluate", trained)
     assert status == 0
@@ -435,7 +449,7 @@ def test_a_family_in_the_working_folder_is_a_task(command_line, tiny_train, tmp_
 
 
 def test_too_many_actors_are_warned_of(caplog):
-    from system.ray_backend import check_machine
+    from system.cluster import check_machine
 
     check_machine(RuntimeConfig(num_actors=1, object_store_mb=100))
     assert caplog.text == ""
@@ -466,9 +480,12 @@ def pretended_ray(monkeypatch):
     """Ray that starts and ends without doing anything; records the options it is given."""
     import ray
 
+    from system import cluster
+
     started = []
     monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
     monkeypatch.setattr(ray, "shutdown", lambda: started.append("shut down"))
+    monkeypatch.setattr(cluster, "authenticate", lambda runtime: None)
     return started
 
 
@@ -483,8 +500,29 @@ def test_a_cluster_that_is_too_small_is_refused_and_left(
     assert status == 2
     assert "the cluster at 192.0.2.7:6379 has 4 CPUs and 9 actors need one each" in err
     assert "--num-actors 4" in err
+    assert "--wait-for-nodes" in err
     assert pretended_ray[0]["address"] == "192.0.2.7:6379"
     assert pretended_ray[-1] == "shut down"
+
+
+def test_nodes_that_an_autoscaler_brings_are_waited_for(pretended_ray, monkeypatch, caplog):
+    import ray
+
+    from system.cluster import start_ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    start_ray(RuntimeConfig(address="192.0.2.7:6379", num_actors=9, wait_for_nodes=True))
+    assert "has 4 CPUs and 9 actors need one each; waiting 600 s" in caplog.text
+    assert "shut down" not in pretended_ray
+
+
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001"])
+def test_an_address_of_another_kind_is_told_apart(metaloop, tiny_train, pretended_ray, address):
+    status, _, err = metaloop(*tiny_train, "--backend", "ray", "--address", address)
+    assert status == 2
+    assert f"--address {address}: needed is HOST:PORT" in err
+    assert "metaloop submit PRESET --address http://" in err
+    assert pretended_ray == []
 
 
 @pytest.mark.parametrize("address", [None, "192.0.2.7:6379"])
@@ -494,7 +532,10 @@ def test_ray_that_does_not_start_is_explained(metaloop, tiny_train, monkeypatch,
     def refuse(**options):
         raise ConnectionError("nobody answers")
 
+    from system import cluster
+
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(cluster, "authenticate", lambda runtime: None)
     where = ["--address", address] if address else []
     status, _, err = metaloop(*tiny_train, "--backend", "ray", "--num-actors", "1", *where)
     assert status == 2
