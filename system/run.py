@@ -107,7 +107,12 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     available = sys.maxsize if elsewhere else None
     check_replicas(config, load_family(config.task, config.task_options).spec, available)
     device = config.runtime.device if elsewhere else str(choose_device(config.runtime.device))
-    run_folder.open_folder(folder, config, device)
+    with run_folder.opened(folder, config, device):
+        return train_in(folder, config)
+
+
+def train_in(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """`train` in a folder that is this process's own."""
     restored = run_folder.restore(folder)
     # Ray sets a handler of its own when it starts, so ours comes after it.
     with running(config) as (_, backend, loop), interruptible() as interrupt:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from system.config import RunConfig, differences, from_dict, to_dict
 from system.loop import Counters
 
 CONFIG, META, EVALUATION = "config.json", "meta.json", "evaluation.json"
+LOCK = "lock"
+"""A file that the process which trains in a folder holds locked; that of nobody is left over."""
 PACKAGES = ("metaloop", "ray", "torch", "gymnasium", "mujoco", "numpy", "safetensors")
 
 
@@ -29,11 +34,13 @@ def default_folder(config: RunConfig) -> Path:
     return Path("runs") / f"{config.preset.replace('/', '-')}-seed{config.seed}"
 
 
-def open_folder(folder: Path, config: RunConfig, device: str) -> None:
-    """Makes the folder of a new run, or checks that it belongs to this one.
+@contextmanager
+def opened(folder: Path, config: RunConfig, device: str) -> Iterator[None]:
+    """Makes the folder of a new run, or checks that it belongs to this one; ours inside the block.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration, or is no run's folder.
+        ConfigError: the folder holds a run with another configuration, or is no run's folder, or
+            another process trains in it.
     """
     if (folder / CONFIG).exists():
         changed = differences(read_config(folder), config)
@@ -43,11 +50,40 @@ def open_folder(folder: Path, config: RunConfig, device: str) -> None:
                 f"{folder} holds a run with another configuration:\n{lines}\nNothing was changed. "
                 f"Give another --run-dir, or the same settings to go on with that run."
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run; give another --run-dir")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, to_dict(config))
-    write_json(folder / META, describe_process(config, device))
+    with locked(folder):
+        write_json(folder / CONFIG, to_dict(config))
+        write_json(folder / META, describe_process(config, device))
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder; the lock goes with the process.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}: a run has one "
+                "process. Wait for its end, or give another --run-dir"
+            ) from None
+        except OSError as error:
+            logging.getLogger("metaloop").warning(
+                "%s cannot be locked (%s): see to it that no other process trains in it",
+                *(folder, error),
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def read_config(folder: Path) -> RunConfig:

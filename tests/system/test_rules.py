@@ -194,7 +194,8 @@ def test_what_is_no_run_or_has_no_checkpoint_is_refused(metaloop, trained, tmp_p
     assert status == 2
     assert "is not a run's folder" in err
     config = run_folder.read_config(trained)
-    run_folder.open_folder(tmp_path / "begun", config, "cpu")
+    with run_folder.opened(tmp_path / "begun", config, "cpu"):
+        pass
     status, _, err = metaloop("export", tmp_path / "begun")
     assert status == 2
     assert "has no checkpoint yet" in err

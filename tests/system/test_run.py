@@ -82,7 +82,8 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path, tiny_run, capsys):
     config = tiny_run(eval_every=2)
     result = run.train(config, folder)
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("checkpoints", "config.json", "evaluation.json", "meta.json", "metrics.jsonl", "tb")
+        *("checkpoints", "config.json", "evaluation.json", "lock", "meta.json", "metrics.jsonl"),
+        "tb",
     ]
     assert_unbroken(folder, 3)
     assert steps_of(folder) == ["00000003"]
@@ -112,7 +113,8 @@ def test_an_evaluation_of_the_folder_is_that_of_the_end_of_training(tmp_path, ti
 
 
 def test_an_evaluation_needs_a_checkpoint(tmp_path, tiny_run):
-    run_folder.open_folder(tmp_path, tiny_run(), "cpu")
+    with run_folder.opened(tmp_path, tiny_run(), "cpu"):
+        pass
     with pytest.raises(ConfigError, match="has no checkpoint yet"):
         run.evaluate(tmp_path, {})
     with pytest.raises(ConfigError, match="is not a run's folder"):

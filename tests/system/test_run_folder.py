@@ -1,7 +1,11 @@
 """A run's folder: opened, compared, resumed from, and refused."""
 
+import errno
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +29,8 @@ def snapshot(folder):
 
 
 def with_checkpoints(folder, config, *iterations):
-    run_folder.open_folder(folder, config, "cpu")
+    with run_folder.opened(folder, config, "cpu"):
+        pass
     for iteration in iterations:
         state = {"meta_params": {"weight": torch.full((3,), float(iteration))}}
         run_folder.save(folder, state, {}, Counters(iteration, 10 * iteration, 1, 0), keep=3)
@@ -49,7 +54,8 @@ def cut(path):
 def test_a_new_folder_gets_configuration_and_circumstances(tmp_path, tiny_run):
     config = tiny_run(seed=3)
     folder = tmp_path / "deep" / "run"
-    run_folder.open_folder(folder, config, "cpu")
+    with run_folder.opened(folder, config, "cpu"):
+        pass
     assert run_folder.read_config(folder) == config
     meta = json.loads((folder / run_folder.META).read_text())
     assert meta["seed"] == 3
@@ -60,19 +66,23 @@ def test_a_new_folder_gets_configuration_and_circumstances(tmp_path, tiny_run):
     assert meta["python"].startswith("3.")
     assert meta["machine"]["cores"] >= 1
     assert meta["git"] is None or len(meta["git"]["commit"]) == 40
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "meta.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lock", "meta.json"]
 
 
 def test_the_same_run_opens_its_folder_again(tmp_path, tiny_run):
-    run_folder.open_folder(tmp_path, tiny_run(), "cpu")
-    run_folder.open_folder(tmp_path, tiny_run(), "cpu")
+    with run_folder.opened(tmp_path, tiny_run(), "cpu"):
+        pass
+    with run_folder.opened(tmp_path, tiny_run(), "cpu"):
+        pass
     assert run_folder.read_config(tmp_path) == tiny_run()
 
 
 def test_what_may_change_is_written_down_anew(tmp_path, tiny_run):
-    run_folder.open_folder(tmp_path, tiny_run(), "cpu")
+    with run_folder.opened(tmp_path, tiny_run(), "cpu"):
+        pass
     longer = tiny_run(iterations=9, runtime={"num_actors": 5})
-    run_folder.open_folder(tmp_path, longer, "cpu")
+    with run_folder.opened(tmp_path, longer, "cpu"):
+        pass
     assert run_folder.read_config(tmp_path) == longer
 
 
@@ -83,8 +93,8 @@ def test_another_configuration_is_refused_field_by_field_and_changes_nothing(tmp
     before = snapshot(tmp_path)
     learner = replace(old.learner, inner_lr=0.25)
     new = replace(old, seed=8, learner=learner, task_options={"horizon": 21}, iterations=99)
-    with pytest.raises(ConfigError) as caught:
-        run_folder.open_folder(tmp_path, new, "cpu")
+    with pytest.raises(ConfigError) as caught, run_folder.opened(tmp_path, new, "cpu"):
+        pass
     said = str(caught.value)
     assert str(tmp_path) in said
     for line in (
@@ -102,13 +112,57 @@ def test_another_configuration_is_refused_field_by_field_and_changes_nothing(tmp
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path, tiny_run):
     (tmp_path / "thesis.tex").write_text("years of work")
     before = snapshot(tmp_path)
-    with pytest.raises(ConfigError, match="holds no run"):
-        run_folder.open_folder(tmp_path, tiny_run(), "cpu")
+    with (
+        pytest.raises(ConfigError, match="holds no run"),
+        run_folder.opened(tmp_path, tiny_run(), "cpu"),
+    ):
+        pytest.fail("the folder was opened")
     assert snapshot(tmp_path) == before
 
 
+def test_a_second_process_is_refused_and_changes_nothing(tmp_path, tiny_run):
+    hold = (
+        "import sys\nfrom pathlib import Path\nfrom system.run_folder import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    with run_folder.opened(tmp_path, tiny_run(), "cpu"):
+        pass
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        before = snapshot(tmp_path)
+        with (
+            pytest.raises(ConfigError, match=f"in use by process {other.pid} on"),
+            run_folder.opened(tmp_path, tiny_run(iterations=9), "cpu"),
+        ):
+            pytest.fail("the folder was opened")
+        assert snapshot(tmp_path) == before
+        other.kill()
+    with run_folder.opened(tmp_path, tiny_run(iterations=9), "cpu"):
+        assert run_folder.read_config(tmp_path).iterations == 9
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(
+    tmp_path, tiny_run, monkeypatch, caplog
+):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    with run_folder.opened(tmp_path, tiny_run(), "cpu"):
+        assert run_folder.read_config(tmp_path) == tiny_run()
+    assert "cannot be locked" in caplog.text
+    assert "no locks here" in caplog.text
+
+
 def test_an_empty_folder_is_taken(tmp_path, tiny_run):
-    run_folder.open_folder(tmp_path, tiny_run(), "cpu")
+    with run_folder.opened(tmp_path, tiny_run(), "cpu"):
+        pass
     assert (tmp_path / run_folder.CONFIG).exists()
 
 
@@ -166,7 +220,8 @@ def test_state_and_counters_come_back(tmp_path, assert_same_state):
 
 def test_nothing_to_restore(tmp_path, tiny_run):
     assert run_folder.restore(tmp_path) is None
-    run_folder.open_folder(tmp_path, tiny_run(), "cpu")
+    with run_folder.opened(tmp_path, tiny_run(), "cpu"):
+        pass
     assert run_folder.restore(tmp_path) is None
 
 
