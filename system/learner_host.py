@@ -127,6 +127,7 @@ class LearnerHost:
         self.learner = make_learner(config, spec)
         self.device = choose_device(device)
         self.num_threads = num_threads
+        torch.set_num_threads(num_threads)  # the first parameters depend on it
         self.version = 0
         self.state = self.on_device(self.learner.init(seeds))
         self.trace: list[Agents] = []

@@ -374,6 +374,30 @@ def test_a_dead_learner_and_then_ctrl_c_on_ray_and_the_same_command_goes_on(
     assert_same_state(state_of(broken)[0], state_of(whole)[0])
 
 
+def test_a_killed_driver_goes_on_from_the_newest_checkpoint(
+    tmp_path, orders, tiny_run, tiny_flags, command_line, wait_until,
+    assert_same_state,
+):  # fmt: skip
+    """`kill -9` in the middle of iteration 3, whose checkpoints come after every iteration."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run.train(tiny_run(OBEDIENT, iterations=6), whole)
+    arguments = train_arguments(killed, orders, tiny_flags, "--backend", "serial")
+    (orders / "wait").write_text(task_of(iteration=3))
+    process = command_line.start(*arguments)
+    wait_for_iteration(3, killed, orders, process, wait_until)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    (orders / "wait").unlink()
+    assert state_of(killed)[1] == 2
+
+    status, out, err = command_line.run(*arguments)
+    assert status == 0, err
+    assert "from iteration 2" in out
+    assert_unbroken(killed, 6)
+    assert learned(killed) == learned(whole)
+    assert_same_state(state_of(killed)[0], state_of(whole)[0])
+
+
 # Learning
 
 
