@@ -66,6 +66,7 @@ from learners.core.population import (
     Experience,
     Population,
     Rates,
+    by_member,
     experience,
 )
 from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
@@ -88,7 +89,7 @@ class Window:
     age: Tensor  # [M], n at τ_0
     length: Tensor  # [M], N
     batches: list[Trajectory]  # τ_0 … τ_K
-    advantage: Tensor  # [M, K+1, T, E], as the critic says
+    advantage: Tensor  # [M, …, T, E] of the last batches, all K+1 of them for imitation
     rated: Tensor  # [M, J, T, E], normalised, of the last J batches: those of the outer loss
 
 
@@ -387,10 +388,15 @@ class Lpg:
         critics = [
             self.learned(block, state, data) for block, data in zip(blocks, cut, strict=True)
         ]
+        num_rated = c.num_inner_updates if c.outer_every_update else 1
+        num_needed = len(batches) if c.imitation_coef > 0.0 else num_rated
         whole = torch.cat(
-            [self.advantages(block, state, data) for block, data in zip(blocks, cut, strict=True)]
+            [
+                self.advantages(block, state, data[-num_needed:])
+                for block, data in zip(blocks, cut, strict=True)
+            ]
         )
-        rated = whole[:, 1:] if c.outer_every_update else whole[:, -1:]
+        rated = whole[:, -num_rated:]
         if c.ema_advantage:
             rated, moments = smoothly_normalised(rated, state["advantage"])
             state = state | {"advantage": moments}
@@ -413,7 +419,7 @@ class Lpg:
         return state, windows, critics
 
     def advantages(self, block: Block, state: State, data: Sequence[Trajectory]) -> Tensor:
-        """GAE on each of a block's batches around its critic before the window, [M, K+1, T, E]."""
+        """GAE on each of a block's batches around its critic before the window, [M, …, T, E]."""
         c, critic = self.config, block.of(state["critic"])
         rated = [block.agent.advantages(critic, batch, c.gamma, c.gae_lambda)[0] for batch in data]
         return torch.stack(rated, 1)
@@ -427,12 +433,6 @@ class Lpg:
             _, returns = block.agent.advantages(critic, batch, c.gamma, c.gae_lambda)
             critic, slots = block.agent.critic_step(critic, slots, batch, returns, lr)
         return {"critic": critic, "critic_optimizer": slots}
-
-
-def by_member(streams: Tensor, like: Trajectory) -> Tensor:
-    """Values [T, M·E] of streams as [M, T, E]."""
-    num_members, num_steps, num_envs = like.reward.shape
-    return streams.view(num_steps, num_members, num_envs).transpose(0, 1)
 
 
 def smoothly_normalised(advantage: Tensor, moments: Params) -> tuple[Tensor, Params]:

@@ -278,6 +278,13 @@ def experience(
     )
 
 
+def by_member(streams: Tensor, like: Trajectory) -> Tensor:
+    """Values [T, M·E, …] of streams as [M, T, E, …]."""
+    num_members, num_steps, num_envs = like.reward.shape
+    shape = (num_steps, num_members, num_envs, *streams.shape[2:])
+    return streams.view(shape).transpose(0, 1)
+
+
 @dataclass(frozen=True)
 class LifetimePolicy:
     """What acts in one world; used as `policy.Policy` is."""

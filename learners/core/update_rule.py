@@ -14,7 +14,7 @@ from torch import Tensor
 from learners.config import LpgAgentConfig, LpgConfig
 from learners.core import networks
 from learners.core.actor_critic import part, prefixed
-from learners.core.population import Experience, Target
+from learners.core.population import Experience, Target, by_member
 from learners.core.recurrent import init_lstm, lstm_backward
 from learners.core.trajectory import Params, Trajectory
 
@@ -82,11 +82,8 @@ class UpdateRule:
 
     def target(self, meta_params: Params, seen: Experience, like: Trajectory) -> Target:
         """What the rule says of a batch of M·E streams, as [M, T, E]; gradient to η and `seen`."""
-        num_members, num_steps, num_envs = like.reward.shape
         pi_hat, log_y_hat = self(meta_params, seen)
-        shape = (num_steps, num_members, num_envs)
-        by_member = log_y_hat.view(*shape, -1).transpose(0, 1)
-        return Target(pi_hat.view(shape).transpose(0, 1), by_member)
+        return Target(by_member(pi_hat, like), by_member(log_y_hat, like))
 
     def inputs(self, embedding: Params, seen: Experience) -> Tensor:
         """The LSTM's inputs, [T, B, I]; φ takes y as m y − 1, which is 0 where y is uniform."""

@@ -160,8 +160,8 @@ def test_imitation_adds_what_the_rule_misses_of_the_advantage():
     learner = make_learner((TABLE,), num_inner_updates=1, members_per_block=4)
     state = make_state(learner)
     trace, batches = make_window(learner, state)
-    (window,) = windows_of(learner, state, trace, batches)
     taught = replace(learner, config=replace(learner.config, imitation_coef=2.0))
+    (window,) = windows_of(taught, state, trace, batches)
     plain, more = (who.loss(state["meta_params"], window)[0] for who in (learner, taught))
     block, data = window.block, window.batches[0]
     seen = learner.seen(trace[0], block, block.of(trace[0].params), data)
