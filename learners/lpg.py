@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from learners.config import LpgConfig
-from learners.core.actor_critic import standardise_rows
+from learners.core.actor_critic import decayed, standardise_rows
 from learners.core.blocks import map_blocks
 from learners.core.contract import Agents, State, check_params
 from learners.core.lifetime_description import grid_view, prediction_meaning, thinned
@@ -348,9 +348,11 @@ class Lpg:
         """
         rows = [unflatten(row, meta_params) for row in stacked]
         grads = {name: torch.stack([row[name] for row in rows]) for name in meta_params}
-        grads, norm = clip_by_norm(grads, self.config.meta_max_grad_norm)
+        c = self.config
+        grads, norm = clip_by_norm(grads, c.meta_max_grad_norm)
         start = expand_members(meta_params, len(stacked))
-        moved, slots = META_OPTIMIZER.update(start, grads, slots, self.config.meta_lr)
+        lr = decayed(c.meta_lr, int(slots["t"][0]), c.meta_lr_decay_updates)
+        moved, slots = META_OPTIMIZER.update(start, grads, slots, lr)
         return {name: p.mean(0) for name, p in moved.items()}, slots, float(norm.mean())
 
     # --- Parts ---

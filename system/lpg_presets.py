@@ -20,7 +20,8 @@ def chain_and_small_grids() -> RunConfig:
         learner=LpgConfig(
             rule_width=64,
             meta_lr=1e-3,
-            policy_entropy_coef=0.03,
+            meta_lr_decay_updates=2000,
+            policy_entropy_coef=0.05,
             entropy_coef=0.01,
             outer_every_update=True,
             imitation_coef=1.0,

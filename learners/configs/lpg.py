@@ -74,6 +74,8 @@ class LpgConfig(LifetimeSettings):
     """K, updates of an agent in a window, each on T steps."""
     meta_lr: float = 1e-4
     """β, step size of the rule."""
+    meta_lr_decay_updates: int = 0
+    """Updates after which that step size has fallen linearly to 0; 0 keeps it constant."""
     meta_max_grad_norm: float = 1.0
     """Meta-gradients are scaled down to this Euclidean norm."""
     policy_entropy_coef: float = 0.01
@@ -119,6 +121,8 @@ class LpgConfig(LifetimeSettings):
             "evaluation_updates",
         ):
             check_whole(name, getattr(self, name))
+        if self.meta_lr_decay_updates != 0:
+            check_whole("meta_lr_decay_updates", self.meta_lr_decay_updates)
         for name in ("meta_lr", "meta_max_grad_norm"):
             check_positive(name, getattr(self, name))
         for name in (
