@@ -66,6 +66,10 @@ class RolloutError(RuntimeError):
     """Collection failed; the message names tasks, worker, cause and what was done."""
 
 
+class LearnerDied(RuntimeError):
+    """The learner's process ended."""
+
+
 def describe(request: Request, error: BaseException, where: str = "this process") -> str:
     """What a person needs to know of a failed request."""
     first = ", ".join(str(dict(task)) for task in request.tasks[:2])[:300]

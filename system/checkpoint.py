@@ -145,6 +145,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], Info]:
     return dict(sorted(tensors.items())), _parse(path / INFO, contents[INFO])
 
 
+def newest_step(folder: Path) -> int | None:
+    """The newest checkpoint's step, whether it verifies or not; None where there is none."""
+    return max((step for step, _ in _checkpoints(folder)), default=None)
+
+
 def load_newest(folder: Path) -> Loaded | None:
     """Reads the newest checkpoint of `folder` that verifies; None where there is none at all.
 

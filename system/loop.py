@@ -83,6 +83,7 @@ class Loop:
         self.config = config
         self.family = family
         self.backend = backend
+        self.learner_restarts = 0
         self.plan = backend.learner("plan")
         self.members: list[Task] = []
         self.carries: dict[int, Any] = {}
@@ -393,6 +394,7 @@ class Loop:
             "perf/actor_idle_frac": max(0.0, 1.0 - busy / (num_actors * seconds)),
             "perf/learner_idle_frac": max(0.0, 1.0 - learner_seconds / seconds),
             "sys/actor_restarts": float(self.backend.actor_restarts),
+            "sys/learner_restarts": float(self.learner_restarts),
             "sys/rss_mb": resident_mb(self.backend.pids),
             "sys/object_store_mb": max(phase.num_bytes for phase in phases) / 2**20,
             "time/iteration": seconds,

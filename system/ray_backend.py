@@ -12,13 +12,14 @@ import sys
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import ray
 from ray.exceptions import (
+    ActorDiedError,
     GetTimeoutError,
     ObjectLostError,
     RayActorError,
@@ -30,7 +31,8 @@ from actors.family import TaskFamily
 from actors.rollout import Carry, Chunk, Receipt, Request, RolloutWorker
 from learners.core.policy import Policy
 from learners.core.population import Population
-from system.backend import AGENTS, Arrival, RolloutError, describe
+from system.ahead import DEPTH
+from system.backend import AGENTS, Arrival, LearnerDied, RolloutError, describe
 from system.cluster import resources, start_ray
 from system.config import RunConfig
 from system.learner_host import LearnerHost
@@ -38,6 +40,9 @@ from system.parameter_server import ParameterServer, Published
 
 IN_FLIGHT = 2
 """Requests that an actor has at a time: one being collected, one waiting."""
+
+MAX_LOSSES = 10
+"""Times that chunks of one call may be lost with their nodes."""
 
 LEARNER_PLACE: dict[str, Any] = {
     "label_selector": {"metaloop.role": "learner"},
@@ -48,10 +53,6 @@ LEARNER_PLACE: dict[str, Any] = {
 
 class UnknownVersion(LookupError):
     """The parameter server does not know a version, as after its restart."""
-
-
-class LearnerDied(RuntimeError):
-    """The learner's process ended."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class LearnerActor:
         runtime = config.runtime
         self.server = server
         self.timeout_s = runtime.timeout_s
-        self.last: Published | None = None
+        self.last: deque[Published] = deque(maxlen=versions_in_use(config.max_lag))
         self.host = LearnerHost(
             config.learner, family.spec, seeds, runtime.device, runtime.learner_threads
         )
@@ -134,13 +135,18 @@ class LearnerActor:
 
     def publish(self, version: int, blocks: Any) -> None:
         """Tells the parameter server of a new version."""
-        self.last = Published(version, blocks)
-        ray.get(self.server.publish.remote(AGENTS, version, blocks), timeout=self.timeout_s)
+        self.last.append(Published(version, blocks))
+        self.tell(self.last[-1])
 
     def publish_again(self) -> None:
         """Fills a parameter server that has lost its memory."""
-        if self.last is not None:
-            self.publish(self.last.version, self.last.blocks)
+        for published in self.last:
+            self.tell(published)
+
+    def tell(self, published: Published) -> None:
+        """Waits until the parameter server knows a version."""
+        known = self.server.publish.remote(AGENTS, published.version, published.blocks)
+        ray.get(known, timeout=self.timeout_s)
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls the host."""
@@ -151,12 +157,22 @@ class LearnerActor:
         return this_place(), self.host.learner.policy, str(self.host.device)
 
 
+def log() -> logging.Logger:
+    """Where it is said what failed and what was done."""
+    return logging.getLogger("metaloop")
+
+
+def versions_in_use(max_lag: int) -> int:
+    """Versions that a chunk may have been collected under and may have to be collected again."""
+    return max_lag + DEPTH + 1
+
+
 def advise_on_threads(config: RunConfig) -> None:
     """Says once where a learner that works beside its actors has more threads than cores."""
     runtime, cores = config.runtime, os.cpu_count() or 1
     crowded = runtime.num_actors + runtime.learner_threads > cores + 1
     if config.max_lag > 0 and runtime.address is None and runtime.learner_threads > 1 and crowded:
-        logging.getLogger("metaloop").warning(
+        log().warning(
             "with --max-lag the learner works beside %d actors on %d CPU cores: "
             "--learner-threads 1 is faster",
             runtime.num_actors,
@@ -177,14 +193,54 @@ def describe_places(learner: Place, device: str, actors: Sequence[Place]) -> str
 # --- The backend ---
 
 
+@dataclass(frozen=True)
+class Collected:
+    """A chunk in the node's store of whoever collected it, and what would bring it again."""
+
+    reference: Any
+    request: Request  # under the version that acted
+    carry: Held | Carry | None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Where a stream stopped. The value keeps a copy on the driver's node: the actor's may die."""
+
+    reference: Any
+    value: Carry
+
+
 @dataclass
 class Lane:
-    """An actor, where it began, what it is working on, and the process that last answered."""
+    """An actor, the process that last answered, and what it is working on.
+
+    While it does not answer, `back` is the reference that becomes ready when it does again.
+    """
 
     actor: Any
     place: Place
-    pid: int
     in_flight: list[Any] = field(default_factory=list)
+    back: Any = None
+
+    @property
+    def pid(self) -> int:
+        """Of the process that last answered."""
+        return self.place.pid
+
+    def __str__(self) -> str:
+        """Process and node."""
+        return f"actor process {self.pid} on {self.place.address} ({self.place.node[:6]})"
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A request on its way: who has it, and references to chunk and carry that it will bring."""
+
+    lane: Lane
+    request: Request
+    carry: Held | Carry | None
+    chunk: Any
+    stop: Any
 
 
 class RayBackend:
@@ -198,25 +254,25 @@ class RayBackend:
         advise_on_threads(config)
         server = f"parameter-server-{uuid.uuid4().hex}"
         options = {"name": server, "num_cpus": 0, "max_restarts": -1, "max_task_retries": 3}
-        self.server = ray.remote(ParameterServer).options(**options).remote()
+        keep_versions = versions_in_use(config.max_lag)
+        self.server = ray.remote(ParameterServer).options(**options).remote(keep_versions)
         gpus = 1 if self.wants_gpu() else 0
         placed = LearnerActor.options(num_cpus=0, num_gpus=gpus, **LEARNER_PLACE)  # type: ignore[attr-defined]
         self.learner_actor = placed.remote(config, family, seeds, self.server)
         self.learner_place, policy, self.device = self.get(self.learner_actor.info.remote())
         self.learner_pid = self.learner_place.pid
         spread = RolloutActor.options(num_cpus=1, max_restarts=-1, scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
-        actors = [
-            spread.remote(family, policy, server, self.timeout_s)
-            for _ in range(config.runtime.num_actors)
-        ]
+        self.new_actor: Callable[[], Any] = lambda: spread.remote(
+            family, policy, server, self.timeout_s
+        )
+        actors = [self.new_actor() for _ in range(config.runtime.num_actors)]
         places = self.get([actor.where.remote() for actor in actors])
-        self.lanes = [
-            Lane(actor, place, place.pid) for actor, place in zip(actors, places, strict=True)
-        ]
+        self.lanes = [Lane(actor, place) for actor, place in zip(actors, places, strict=True)]
         if config.runtime.address is not None:
             print(describe_places(self.learner_place, self.device, places), file=sys.stderr)
-        self.waiting: deque[tuple[Request, Any]] = deque()
-        self.running: dict[Any, tuple[Lane, Request, Any, Any, Any]] = {}
+        self.waiting: deque[tuple[Request, Held | Carry | None]] = deque()
+        self.running: dict[Any, Flight] = {}
+        self.calls: dict[Any, tuple[Any, ...]] = {}
         self.unclaimed: list[Arrival] = []
         self.last_arrival = time.monotonic()
 
@@ -244,8 +300,8 @@ class RayBackend:
             ) from None
 
     def learner(self, method: str, *args: Any) -> Any:
-        """Calls the host; references among `args` arrive as chunks."""
-        return self.from_learner(self.learner_actor.call.remote(method, *args), method)
+        """Calls the host; what was collected arrives as chunks."""
+        return self.finish(self.start(method, *args), method)
 
     def from_learner(self, reference: Any, method: str) -> Any:
         """`get` of an answer of the learner."""
@@ -279,6 +335,7 @@ class RayBackend:
         """Forgets all that was asked for and has not come."""
         self.waiting.clear()
         self.running.clear()
+        self.calls.clear()
         self.unclaimed.clear()
         for lane in self.lanes:
             lane.in_flight.clear()
@@ -301,71 +358,80 @@ class RayBackend:
             arrivals, self.unclaimed = self.unclaimed, []
             return arrivals
         self.hand_out()
-        if not self.running:
+        if not self.running and not self.waiting:
             self.last_arrival = time.monotonic()
-        watched = [*self.running] if also is None else [*self.running, also]
-        ready, _ = ray.wait(watched, num_returns=1, timeout=1.0)
-        if self.running:
-            ready, _ = ray.wait([*self.running], num_returns=len(self.running), timeout=0)
-        arrivals = []
-        for reference in ready:
-            if reference not in self.running:
-                continue
-            lane, request, carry, chunk, stop = self.running.pop(reference)
-            lane.in_flight.remove(reference)
-            received = self.receive(reference, lane, request)
-            if received is None:
-                self.waiting.appendleft((request, carry))
-            else:
-                arrivals.append(Arrival(request, chunk, received, stop))
+        backs = [lane.back for lane in self.lanes if lane.back is not None]
+        watched = [*self.running, *backs] + ([] if also is None else [also])
+        ray.wait(watched, num_returns=1, timeout=1.0)
+        self.take_back()
+        received = [self.received(reference) for reference in self.ready()]
+        arrivals = [arrival for arrival in received if arrival is not None]
         if arrivals:
             self.last_arrival = time.monotonic()
-        elif self.running and time.monotonic() - self.last_arrival > self.timeout_s:
-            slots = sorted(entry[1].slot.id for entry in self.running.values())
-            raise RolloutError(
-                f"no chunk for {self.timeout_s:g} s; still waiting for slots {slots[:10]} "
-                f"from processes {[lane.pid for lane in self.lanes]}"
-            )
+        elif time.monotonic() - self.last_arrival > self.timeout_s:
+            raise RolloutError(self.describe_waiting())
         self.hand_out()
         return arrivals
 
-    def hand_out(self) -> None:
-        """Gives waiting requests to the actors with the least to do.
+    def ready(self) -> list[Any]:
+        """The references of running requests that have an answer, or an error."""
+        if not self.running:
+            return []
+        return ray.wait([*self.running], num_returns=len(self.running), timeout=0)[0]
 
-        A stream stays with one actor, which keeps its environments.
+    def describe_waiting(self) -> str:
+        """What there is to say where nothing comes."""
+        slots = sorted(flight.request.slot.id for flight in self.running.values())
+        slots += sorted(request.slot.id for request, _ in self.waiting)
+        gone = "; ".join(str(lane) for lane in self.lanes if lane.back is not None)
+        return (
+            f"no chunk for {self.timeout_s:g} s; still waiting for slots {slots[:10]} from "
+            f"processes {[lane.pid for lane in self.lanes]}"
+            + (f". Did not come back: {gone}; is there a CPU for each?" if gone else "")
+        )
+
+    def hand_out(self) -> None:
+        """Gives waiting requests to the actors that answer, first those with the least to do.
+
+        A stream stays with one actor, which keeps its environments, for as long as that answers.
         """
+        answering = [lane for lane in self.lanes if lane.back is None]
         held: list[tuple[Request, Any]] = []
-        while self.waiting:
+        while self.waiting and answering:
             request, carry = self.waiting.popleft()
             if request.stream:
-                lane = self.lanes[request.slot.id % len(self.lanes)]
+                own = self.lanes[request.slot.id % len(self.lanes)]
+                lane = own if own.back is None else answering[request.slot.id % len(answering)]
             else:
-                lane = min(self.lanes, key=lambda lane: len(lane.in_flight))
+                lane = min(answering, key=lambda lane: len(lane.in_flight))
             if len(lane.in_flight) >= IN_FLIGHT:
                 held.append((request, carry))
                 if not request.stream:
                     break
                 continue
-            chunk, reference, stop = lane.actor.collect.remote(request, carry)
+            given = carry.reference if isinstance(carry, Held) else carry
+            chunk, reference, stop = lane.actor.collect.remote(request, given)
             lane.in_flight.append(reference)
-            self.running[reference] = (lane, request, carry, chunk, stop)
+            self.running[reference] = Flight(lane, request, carry, chunk, stop)
         self.waiting.extendleft(reversed(held))
 
-    def fetch(self, handles: Sequence[Any]) -> list[Any]:
-        """What the references stand for."""
-        return cast(list[Any], self.get(list(handles)))
-
-    def start(self, method: str, *args: Any) -> Any:
-        """Calls the host without waiting; `finish` brings the answer."""
-        return self.learner_actor.call.remote(method, *args)
-
-    def finish(self, reference: Any, method: str) -> Any:
-        """The answer to `start`."""
-        return self.from_learner(reference, method)
-
-    def finished(self, reference: Any) -> bool:
-        """Whether the answer to `start` is there."""
-        return bool(ray.wait([reference], timeout=0)[0])
+    def received(self, reference: Any) -> Arrival | None:
+        """What a running request brought; None where it has to be asked for again."""
+        flight = self.running.pop(reference)
+        lane, request, carry = flight.lane, flight.request, flight.carry
+        lane.in_flight.remove(reference)
+        said = self.receive(reference, lane, request)
+        stop = None
+        if said is not None and request.stream:
+            try:
+                stop = Held(flight.stop, self.get(flight.stop))
+            except ObjectLostError:
+                said = None
+        if said is None:
+            self.waiting.appendleft((request, carry))
+            return None
+        again = replace(request, version=said.version)
+        return Arrival(request, Collected(flight.chunk, again, carry), said, stop)
 
     def receive(self, reference: Any, lane: Lane, request: Request) -> Receipt | None:
         """The receipt, or None where the request must be asked for again.
@@ -383,13 +449,93 @@ class RayBackend:
             raise RolloutError(
                 describe(request, error.cause, f"actor process {lane.pid}")
             ) from error
-        except RayError:
-            time.sleep(0.1)
+        except RayError as error:
+            self.miss(lane, error)
             return None
         if received.worker != lane.pid:
-            self.actor_restarts += 1
-            lane.pid = received.worker
+            self.miss(lane, None)
         return received
+
+    # --- Actors that die ---
+
+    def miss(self, lane: Lane, error: RayError | None) -> None:
+        """Gives an actor no work until it answers; without an error it is another process now."""
+        if lane.back is not None:
+            return
+        if error is not None:
+            log().warning(
+                "%s does not answer (%s); its chunks are collected by others until it is back",
+                *(lane, type(error).__name__),
+            )
+        lane.back = lane.actor.where.remote()
+
+    def take_back(self) -> None:
+        """Gives work to the actors that answer again."""
+        for lane in self.lanes:
+            if lane.back is None or not ray.wait([lane.back], timeout=0)[0]:
+                continue
+            try:
+                place: Place = ray.get(lane.back)
+            except RayError as error:
+                if isinstance(error, ActorDiedError):  # for good: Ray restarts it no more
+                    lane.actor = self.new_actor()
+                time.sleep(0.1)
+                lane.back = lane.actor.where.remote()
+                continue
+            lane.back = None
+            if place.pid != lane.pid or place.node != lane.place.node:
+                self.actor_restarts += 1
+                before, lane.place = str(lane), place
+                log().warning("%s is back as %s", before, lane)
+
+    # --- The learner ---
+
+    def start(self, method: str, *args: Any) -> Any:
+        """Calls the host without waiting; `finish` brings the answer."""
+        given = [arg.reference if isinstance(arg, Collected) else arg for arg in args]
+        reference = self.learner_actor.call.remote(method, *given)
+        self.calls[reference] = args
+        return reference
+
+    def finish(self, reference: Any, method: str) -> Any:
+        """The answer to `start`. Chunks that were lost with their node are collected again.
+
+        The learner has then not begun: it needs all of its arguments.
+        """
+        args = self.calls.pop(reference)
+        for _ in range(MAX_LOSSES):
+            try:
+                return self.from_learner(reference, method)
+            except ObjectLostError:
+                args = self.complete(args)
+                reference = self.start(method, *args)
+                self.calls.pop(reference)
+        raise RolloutError(f"chunks were lost {MAX_LOSSES} times on their way to the learner")
+
+    def complete(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Arguments of a call with new chunks in place of those that are lost."""
+        lost = [i for i, arg in enumerate(args) if isinstance(arg, Collected) and self.lost(arg)]
+        slots = [args[i].request.slot.id for i in lost]
+        log().warning("the chunks of slots %s were lost with their node; collected again", slots)
+        again = self.collect([args[i].request for i in lost], [args[i].carry for i in lost])
+        found = {i: arrival.chunk for i, arrival in zip(lost, again, strict=True)}
+        return tuple(found.get(i, arg) for i, arg in enumerate(args))
+
+    def lost(self, chunk: Collected) -> bool:
+        """Whether no node has a chunk any more."""
+        try:
+            self.get(chunk.reference)
+        except ObjectLostError:
+            return True
+        return False
+
+    def finished(self, reference: Any) -> bool:
+        """Whether the answer to `start` is there."""
+        return bool(ray.wait([reference], timeout=0)[0])
+
+    def fetch(self, handles: Sequence[Any]) -> list[Any]:
+        """Where streams stand."""
+        return [handle.value if isinstance(handle, Held) else handle for handle in handles]
 
     def close(self) -> None:
         """Ends the actors, and the cluster if it is ours."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import sys
@@ -19,8 +20,8 @@ from actors.tasks import load_family
 from learners.config import LpgAgentConfig
 from learners.core.errors import ConfigError
 from learners.core.trajectory import Metrics
-from system import comparison, evaluation, pictures, rules, run_folder
-from system.backend import Backend
+from system import checkpoint, comparison, evaluation, pictures, rules, run_folder
+from system.backend import Backend, LearnerDied
 from system.config import RunConfig, to_dict
 from system.learner_host import choose_device
 from system.loop import Counters, FailedEvaluation, Loop, SkippedUpdate, evaluation_tasks
@@ -112,10 +113,31 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
 
 
 def train_in(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    """`train` in a folder that is this process's own."""
+    """`train` in a folder that is this process's own.
+
+    Where the learner's process dies, another one goes on from the newest checkpoint. Where that
+    dies too, and no checkpoint came between, the run ends.
+    """
+    died_at: list[int | None] = []
+    while True:
+        try:
+            return train_from_newest(folder, config, len(died_at))
+        except LearnerDied as error:
+            newest = checkpoint.newest_step(folder / run_folder.CHECKPOINTS)
+            if died_at and died_at[-1] == newest:
+                raise
+            died_at.append(newest)
+            logging.getLogger("metaloop").warning("%s Another one starts now.", error)
+
+
+def train_from_newest(
+    folder: Path, config: RunConfig, learner_restarts: int
+) -> dict[str, Any] | None:
+    """Trains from the newest checkpoint, or from the start, to the end or an interrupt."""
     restored = run_folder.restore(folder)
     # Ray sets a handler of its own when it starts, so ours comes after it.
     with running(config) as (_, backend, loop), interruptible() as interrupt:
+        loop.learner_restarts = learner_restarts
         counters = Counters()
         if restored is not None:
             state, counters, said = restored
@@ -210,7 +232,13 @@ def own_steps(loop: Loop, counters: Counters) -> int:
     return counters.env_steps // loop.num_replicas
 
 
-SO_FAR = ("time/env_steps", "meta/skipped_updates", "sys/actor_restarts", "perf/chunks_dropped")
+SO_FAR = (
+    "time/env_steps",
+    "meta/skipped_updates",
+    "sys/actor_restarts",
+    "sys/learner_restarts",
+    "perf/chunks_dropped",
+)
 """Metrics that count from the start: of several records the last one holds."""
 
 

@@ -98,8 +98,8 @@ def test_the_driver_holds_references_and_no_chunks(clusters, tiny_run):
     _, version = backend.learner("begin", 4, [(m, m + 1) for m in range(4)])
     arrivals = backend.collect(requests_of(config, family, version))
     for arrival in arrivals:
-        assert isinstance(arrival.chunk, ray.ObjectRef)
-        assert isinstance(arrival.carry, ray.ObjectRef)
+        assert isinstance(arrival.chunk.reference, ray.ObjectRef)
+        assert arrival.carry is None
 
 
 def test_driver_learner_and_actors_are_processes_of_their_own(clusters, tiny_run):

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from actors.tasks import load_family
 from learners.core.errors import ConfigError
 from system import cli, run, run_folder
+from system.backend import LearnerDied
 from system.checkpoint import STATE, load_newest
 from system.loop import Loop
 from system.seeds import Stream, make_rng
@@ -330,7 +331,7 @@ def process_called(name, parent):
 
 
 @pytest.mark.ray
-def test_a_dead_learner_and_then_ctrl_c_on_ray_and_the_same_command_goes_on(
+def test_a_dead_learner_is_replaced_and_after_ctrl_c_the_same_command_goes_on(
     tmp_path, orders, tiny_run, tiny_flags, command_line, clusters, wait_until, assert_same_state
 ):
     clusters.close()  # memory for the processes of this test
@@ -342,26 +343,26 @@ def test_a_dead_learner_and_then_ctrl_c_on_ray_and_the_same_command_goes_on(
     (orders / "wait").write_text(task_of(iteration=3))
     process = command_line.start(*on_ray)
     wait_for_iteration(3, broken, orders, process, wait_until)
-    learner = process_called("LearnerActor", process.pid)
-    learner.kill()
+    dead = process_called("LearnerActor", process.pid)
+    dead.kill()
     (orders / "wait").unlink()
-    status, _, err = command_line.result(process)
-    assert status == 1
-    assert "the learner's process ended in" in err
-    assert "The same command goes on from the newest checkpoint" in err
-    assert "Traceback" not in err
-    assert state_of(broken)[1] == 2
 
-    for left_over in orders.iterdir():
+    def replaced():
+        learner = process_called("LearnerActor", process.pid)
+        return learner is not None and learner.pid != dead.pid
+
+    wait_until(replaced, "another learner is there", seconds=120)
+    for left_over in orders.glob("waiting-*"):
         left_over.unlink()
     (orders / "wait").write_text(task_of(iteration=4))
-    process = command_line.start(*on_ray)
     wait_for_iteration(4, broken, orders, process, wait_until)
     workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     (orders / "wait").unlink()
     status, out, err = command_line.result(process)
     assert status == 130, err
+    assert "the learner's process ended in" in err
+    assert "Another one starts now" in err
     assert "from iteration 2" in out
     assert "stopped at iteration 4; the same command goes on from there" in out
     assert state_of(broken)[1] == 4
@@ -372,6 +373,38 @@ def test_a_dead_learner_and_then_ctrl_c_on_ray_and_the_same_command_goes_on(
     assert_unbroken(broken, 6)
     assert learned(broken) == learned(whole)
     assert_same_state(state_of(broken)[0], state_of(whole)[0])
+
+
+@pytest.mark.parametrize(
+    ("dies", "deaths"),
+    [
+        (lambda iteration, restarts: iteration == 1, [1, 1]),
+        (lambda iteration, restarts: iteration > restarts, [1, 2]),
+    ],
+    ids=["at the same place", "further on each time"],
+)
+def test_a_learner_is_replaced_while_there_are_new_checkpoints(
+    tmp_path, tiny_run, monkeypatch, caplog, dies, deaths
+):
+    """One that dies twice without a checkpoint in between would die for ever."""
+    found, iterate = [], Loop.iterate
+
+    def dying(self, counters):
+        if dies(counters.iteration, self.learner_restarts):
+            found.append(counters.iteration)
+            raise LearnerDied("the learner's process ended.")
+        return iterate(self, counters)
+
+    monkeypatch.setattr(Loop, "iterate", dying)
+    config = tiny_run(iterations=3, runtime={"checkpoint_minutes": 0.0})
+    if deaths[0] == deaths[1]:
+        with pytest.raises(LearnerDied):
+            run.train(config, tmp_path / "run")
+    else:
+        run.train(config, tmp_path / "run")
+        assert rows(tmp_path / "run")[-1]["sys/learner_restarts"] == 2
+    assert found == deaths
+    assert caplog.text.count("Another one starts now") == len(set(deaths))
 
 
 def test_a_killed_driver_goes_on_from_the_newest_checkpoint(

@@ -5,16 +5,12 @@ import json
 import os
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from learners.config import LpgAgentConfig
@@ -23,6 +19,7 @@ from system import access, cli, preflight, submit
 from system.checkpoint import load_newest
 from system.presets import PRESETS
 from tests.system.dashboards import cluster_of, serving
+from tests.system.nodes import READY_SECONDS, Nodes, node_environment
 
 NAVIGATION = "maml-trpo/navigation-2d"
 ROOT = Path(__file__).parents[2]
@@ -394,84 +391,6 @@ def test_a_cluster_that_is_gone_is_not_waited_for_for_ever(monkeypatch):
 # A real cluster: three nodes with addresses of their own, and beside it one that is open
 
 on_ray = pytest.mark.ray
-READY_SECONDS = 120
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-class Nodes:
-    """A Ray cluster of several `ray start`, each in a session of its own."""
-
-    def __init__(self, environment: dict[str, str], token: str | None) -> None:
-        # Short, because the path of a Unix socket has at most 107 bytes.
-        self.folder = Path(tempfile.mkdtemp(prefix="ml", dir="/tmp"))
-        self.environment, self.token = environment, token
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.port, self.dashboard, self.client = free_port(), free_port(), free_port()
-        self.address = f"http://127.0.0.1:{self.dashboard}"
-
-    def head(self, ip: str, cpus: int) -> None:
-        self.gcs = f"{ip}:{self.port}"
-        self.start(
-            *("--head", "--node-ip-address", ip, "--port", self.port, "--num-cpus", cpus),
-            *("--include-dashboard=true", "--dashboard-host=127.0.0.1"),
-            *("--dashboard-port", self.dashboard, "--ray-client-server-port", self.client),
-            *("--temp-dir", self.folder),
-        )
-
-    def join(self, ip: str, cpus: int, *more: str) -> None:
-        self.start("--address", self.gcs, "--node-ip-address", ip, "--num-cpus", cpus, *more)
-
-    def start(self, *arguments: object) -> None:
-        log = (self.folder / f"node-{len(self.processes)}.log").open("wb")
-        common = ["start", "--block", "--disable-usage-stats", "--object-store-memory", "100000000"]
-        agent = ["--dashboard-agent-listen-port", str(free_port())]
-        with log:
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "ray.scripts.scripts", *common, *agent,
-                     *map(str, arguments)],
-                    env=self.environment, cwd=self.folder, stdout=log, stderr=log,
-                    start_new_session=True,
-                )
-            )  # fmt: skip
-
-    def alive(self) -> int:
-        """Nodes that the dashboard knows."""
-        for process in self.processes:
-            assert process.poll() is None, self.logs()
-        try:
-            return submit.describe_cluster(self.address, self.token).num_nodes
-        except ConfigError:
-            return 0
-
-    def logs(self) -> str:
-        names = ("node-*.log", "session_2*/logs/raylet*.err", "session_2*/logs/raylet*.out")
-        found = [path for name in names for path in sorted(self.folder.glob(name))]
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in found)
-
-    def close(self) -> None:
-        """Ends our processes, each by its id, and nobody else's."""
-        ours = [psutil.Process(process.pid) for process in self.processes if process.poll() is None]
-        ours += [child for parent in ours for child in parent.children(recursive=True)]
-        for process in ours:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        for process in self.processes:
-            process.wait(20)
-        psutil.wait_procs(ours, timeout=20)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def node_environment(**more: str) -> dict[str, str]:
-    """That of a node: our Python first, and nothing of this checkout."""
-    kept = {n: v for n, v in os.environ.items() if not n.startswith("RAY_") and n != "PYTHONPATH"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    return kept | {"PATH": path} | more
 
 
 @pytest.fixture(scope="module")
