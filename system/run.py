@@ -33,6 +33,9 @@ from system.telemetry import Telemetry
 
 MAX_SKIPPED_IN_A_ROW = 10
 
+MAX_DEATHS = 3
+"""Learners that may die without a checkpoint in between: the next one would die as well."""
+
 
 class StoppedRun(RuntimeError):
     """A run that ended itself; the message says why and where the evidence lies."""
@@ -115,18 +118,17 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
 def train_in(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """`train` in a folder that is this process's own.
 
-    Where the learner's process dies, another one goes on from the newest checkpoint. Where that
-    dies too, and no checkpoint came between, the run ends.
+    Where the learner's process dies, another one goes on from the newest checkpoint; the run ends
+    where several die one after the other and there is no new checkpoint.
     """
     died_at: list[int | None] = []
     while True:
         try:
             return train_from_newest(folder, config, len(died_at))
         except LearnerDied as error:
-            newest = checkpoint.newest_step(folder / run_folder.CHECKPOINTS)
-            if died_at and died_at[-1] == newest:
+            died_at.append(checkpoint.newest_step(folder / run_folder.CHECKPOINTS))
+            if died_at[-MAX_DEATHS:] == died_at[-1:] * MAX_DEATHS:
                 raise
-            died_at.append(newest)
             logging.getLogger("metaloop").warning("%s Another one starts now.", error)
 
 

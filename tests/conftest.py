@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -88,15 +89,20 @@ class CommandLine:
         )
         self.processes: list[subprocess.Popen[str]] = []
 
-    def start(self, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
-        """Starts `metaloop ARGUMENTS`, as installed: with its script's folder on the path."""
+    def start(
+        self, *arguments: object, cwd: Path = ROOT, output: IO[str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Starts `metaloop ARGUMENTS`, as installed: with its script's folder on the path.
+
+        What it writes goes to `output`, or to pipes where there is none.
+        """
         process = subprocess.Popen(
             [sys.executable, str(self.script), *map(str, arguments)],
             cwd=cwd,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output or subprocess.PIPE,
+            stderr=output or subprocess.PIPE,
             start_new_session=True,
         )
         self.processes.append(process)

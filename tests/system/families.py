@@ -91,6 +91,32 @@ class ObedientEnv(Navigation2DEnv):
 
 
 @dataclass(frozen=True)
+class Odometer(Navigation2D):
+    """2D navigation whose environments count all steps that they ever took, over all episodes."""
+
+    def make(self, num_envs: int) -> OdometerEnv:
+        return OdometerEnv(self, num_envs)
+
+
+class OdometerEnv(Navigation2DEnv):
+    """The batch of `Odometer`; the count is part of what a checkpoint holds."""
+
+    def __init__(self, family: Odometer, num_envs: int) -> None:
+        super().__init__(family, num_envs)
+        self._odometer = torch.zeros(num_envs, dtype=torch.int64)
+
+    def advance(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self._odometer += 1
+        return super().advance(action)
+
+    def episode_arrays(self) -> dict[str, Tensor]:
+        return super().arrays()
+
+    def arrays(self) -> dict[str, Tensor]:
+        return super().arrays() | {"odometer": self._odometer}
+
+
+@dataclass(frozen=True)
 class Countdown:
     """Episodes of given lengths; the reward of step t is t + 1.
 

@@ -378,15 +378,15 @@ def test_a_dead_learner_is_replaced_and_after_ctrl_c_the_same_command_goes_on(
 @pytest.mark.parametrize(
     ("dies", "deaths"),
     [
-        (lambda iteration, restarts: iteration == 1, [1, 1]),
-        (lambda iteration, restarts: iteration > restarts, [1, 2]),
+        (lambda iteration, restarts: iteration == 1, [1, 1, 1]),
+        (lambda iteration, restarts: restarts < 4 and iteration > restarts // 2, [1, 1, 2, 2]),
     ],
     ids=["at the same place", "further on each time"],
 )
 def test_a_learner_is_replaced_while_there_are_new_checkpoints(
     tmp_path, tiny_run, monkeypatch, caplog, dies, deaths
 ):
-    """One that dies twice without a checkpoint in between would die for ever."""
+    """Where three die without one in between, all others would."""
     found, iterate = [], Loop.iterate
 
     def dying(self, counters):
@@ -397,14 +397,14 @@ def test_a_learner_is_replaced_while_there_are_new_checkpoints(
 
     monkeypatch.setattr(Loop, "iterate", dying)
     config = tiny_run(iterations=3, runtime={"checkpoint_minutes": 0.0})
-    if deaths[0] == deaths[1]:
+    if len(set(deaths)) == 1:
         with pytest.raises(LearnerDied):
             run.train(config, tmp_path / "run")
     else:
         run.train(config, tmp_path / "run")
-        assert rows(tmp_path / "run")[-1]["sys/learner_restarts"] == 2
+        assert rows(tmp_path / "run")[-1]["sys/learner_restarts"] == len(deaths)
     assert found == deaths
-    assert caplog.text.count("Another one starts now") == len(set(deaths))
+    assert caplog.text.count("Another one starts now") == (2 if len(set(deaths)) == 1 else 4)
 
 
 def test_a_killed_driver_goes_on_from_the_newest_checkpoint(
