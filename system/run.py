@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -91,8 +91,15 @@ def running(config: RunConfig) -> Iterator[tuple[TaskFamily, Backend, Loop]]:
         backend.close()
 
 
-def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+def train(
+    config: RunConfig, folder: Path, after_save: Callable[[], None] = lambda: None
+) -> dict[str, Any] | None:
     """Trains until `config.iterations`, or goes on with the run in `folder`.
+
+    Args:
+        config: the run.
+        folder: where it lies.
+        after_save: called after each checkpoint.
 
     Returns:
         The last evaluation, or None where the user stopped before the end.
@@ -108,10 +115,12 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     check_replicas(config, load_family(config.task, config.task_options).spec, available)
     device = config.runtime.device if elsewhere else str(choose_device(config.runtime.device))
     with run_folder.opened(folder, config, device):
-        return train_in(folder, config)
+        return train_in(folder, config, after_save)
 
 
-def train_in(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+def train_in(
+    folder: Path, config: RunConfig, after_save: Callable[[], None]
+) -> dict[str, Any] | None:
     """`train` in a folder that is this process's own."""
     restored = run_folder.restore(folder)
     # Ray sets a handler of its own when it starts, so ours comes after it.
@@ -130,7 +139,9 @@ def train_in(folder: Path, config: RunConfig) -> dict[str, Any] | None:
             telemetry.config_text(to_dict(config))
             print(f"run folder   {folder}   device {backend.device}")
             print(f"TensorBoard  tensorboard --logdir {folder}")
-            counters, result = iterate(config, folder, loop, counters, telemetry, interrupt)
+            counters, result = iterate(
+                config, folder, loop, counters, telemetry, interrupt, after_save
+            )
         if counters.iteration < config.iterations:
             print(f"stopped at iteration {counters.iteration}; the same command goes on from there")
             return None
@@ -148,6 +159,7 @@ def iterate(
     counters: Counters,
     telemetry: Telemetry,
     interrupt: Interrupt,
+    after_save: Callable[[], None],
 ) -> tuple[Counters, dict[str, Any] | None]:
     """Meta-iterations with records and checkpoints, until the end or an interrupt.
 
@@ -179,12 +191,12 @@ def iterate(
                 images, histograms = pictures.draw(described), pictures.histograms(described)
                 telemetry.show(own_steps(loop, counters), images, histograms)
             if skipped is not None and counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                save(config, folder, loop, counters)
+                save(config, folder, loop, counters, after_save)
                 stop(folder, counters, skipped)
             if time.monotonic() - saved_at > 60.0 * config.runtime.checkpoint_minutes:
-                save(config, folder, loop, counters)
+                save(config, folder, loop, counters, after_save)
                 saved_at = time.monotonic()
-    save(config, folder, loop, counters)
+    save(config, folder, loop, counters, after_save)
     return counters, result
 
 
@@ -226,10 +238,17 @@ def average(records: Sequence[Metrics]) -> Metrics:
     return averaged
 
 
-def save(config: RunConfig, folder: Path, loop: Loop, counters: Counters) -> None:
+def save(
+    config: RunConfig,
+    folder: Path,
+    loop: Loop,
+    counters: Counters,
+    after_save: Callable[[], None],
+) -> None:
     """Writes a checkpoint."""
     state = loop.backend.learner("get_state")
     run_folder.save(folder, state, loop.snapshot(), counters, config.runtime.keep_checkpoints)
+    after_save()
 
 
 def stop(folder: Path, counters: Counters, skipped: SkippedUpdate) -> NoReturn:

@@ -24,6 +24,7 @@ from system.config import RunConfig, differences, from_dict, to_dict
 from system.loop import Counters
 
 CONFIG, META, EVALUATION = "config.json", "meta.json", "evaluation.json"
+CHECKPOINTS = "checkpoints"
 LOCK = "lock"
 """A file that the process which trains in a folder holds locked; that of nobody is left over."""
 PACKAGES = ("metaloop", "ray", "torch", "gymnasium", "mujoco", "numpy", "safetensors")
@@ -179,7 +180,7 @@ def save(
     for group, arrays in loop_state.items():
         groups[LOOP + group] = {n: torch.from_numpy(np.array(a)) for n, a in arrays.items()}
     return checkpoint.save(
-        folder / "checkpoints",
+        folder / CHECKPOINTS,
         counters.iteration,
         checkpoint.flatten(groups),
         {"counters": vars(counters)},
@@ -202,7 +203,7 @@ def restore(folder: Path) -> tuple[Any, Counters, list[str]] | None:
     Raises:
         CorruptCheckpoint: there are checkpoints and none can be used.
     """
-    loaded = checkpoint.load_newest(folder / "checkpoints")
+    loaded = checkpoint.load_newest(folder / CHECKPOINTS)
     if loaded is None:
         return None
     said = [
