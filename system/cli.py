@@ -176,7 +176,7 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-RAY_ONLY = ("num_actors", "address", "timeout_s", "object_store_mb")
+RAY_ONLY = ("num_actors", "address", "timeout_s", "object_store_mb", "actor_memory_mb")
 JOINING_ONLY = ("accept_open_cluster", "wait_for_nodes")
 
 

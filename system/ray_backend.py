@@ -185,6 +185,12 @@ class Lane:
     place: Place
     pid: int
     in_flight: list[Any] = field(default_factory=list)
+    slots: set[int] = field(default_factory=set)
+    """What this process has collected."""
+    leaving: bool = False
+    """Whether it gets no more work, because its memory grows."""
+    ended: int = 0
+    """The process that was ended for it, which may answer once more."""
 
 
 class RayBackend:
@@ -334,14 +340,16 @@ class RayBackend:
 
         A stream stays with one actor, which keeps its environments.
         """
+        self.replace_leaving()
+        staying = [lane for lane in self.lanes if not lane.leaving] or self.lanes
         held: list[tuple[Request, Any]] = []
         while self.waiting:
             request, carry = self.waiting.popleft()
             if request.stream:
                 lane = self.lanes[request.slot.id % len(self.lanes)]
             else:
-                lane = min(self.lanes, key=lambda lane: len(lane.in_flight))
-            if len(lane.in_flight) >= IN_FLIGHT:
+                lane = min(staying, key=lambda lane: len(lane.in_flight))
+            if lane.leaving or len(lane.in_flight) >= IN_FLIGHT:
                 held.append((request, carry))
                 if not request.stream:
                     break
@@ -388,8 +396,42 @@ class RayBackend:
             return None
         if received.worker != lane.pid:
             self.actor_restarts += 1
-            lane.pid = received.worker
+            lane.pid, lane.slots = received.worker, set()
+        self.weigh(received, lane, request)
         return received
+
+    # --- Actors whose memory grows ---
+
+    def weigh(self, received: Receipt, lane: Lane, request: Request) -> None:
+        """Lets an actor go that holds more memory than it may.
+
+        Raises:
+            RolloutError: it does with environments that it has just made; so would the next one.
+        """
+        limit = self.config.runtime.actor_memory_mb
+        new = not lane.slots or (request.stream and request.slot.id not in lane.slots)
+        lane.slots.add(request.slot.id)
+        if not limit or received.own_mb <= limit or lane.pid == lane.ended:
+            return
+        found = (
+            f"actor process {lane.pid} on {received.host} holds {received.own_mb:.0f} MB, "
+            f"--actor-memory-mb allows {limit}"
+        )
+        if new:
+            raise RolloutError(f"{found}: its environments alone take as much. Allow more")
+        if not lane.leaving:
+            lane.leaving = True
+            logging.getLogger("metaloop").warning(
+                "%s: another process takes its place once it has collected what it was asked for",
+                found,
+            )
+
+    def replace_leaving(self) -> None:
+        """Ends the actors that leave and have nothing to do; Ray starts them anew."""
+        for lane in self.lanes:
+            if lane.leaving and not lane.in_flight:
+                ray.kill(lane.actor, no_restart=False)
+                lane.leaving, lane.ended = False, lane.pid
 
     def close(self) -> None:
         """Ends the actors, and the cluster if it is ours."""
