@@ -8,15 +8,19 @@ chunk comes from its two seeds, so that any worker can collect it, and collect i
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from gymnasium.vector import VectorEnv
 
 from actors.family import Task, TaskFamily
+from actors.tasks.checks import check_returned, step_fields
 from learners.core.blocks import block_bounds, group_bounds
 from learners.core.normalizer import REWARD_STD
 from learners.core.params import unflatten_members
@@ -143,6 +147,8 @@ class Receipt:
         seconds: time that the worker spent.
         worker: process id of the worker.
         num_bytes: size of the chunk.
+        host: name of the worker's machine.
+        own_mb: resident memory of the worker, without what it shares, in MiB.
     """
 
     slot_id: int
@@ -153,6 +159,8 @@ class Receipt:
     seconds: float
     worker: int
     num_bytes: int
+    host: str
+    own_mb: float
 
 
 class RolloutWorker:
@@ -220,14 +228,14 @@ def begin_chunk(
     if carry is not None and (live or carry.env):
         if not live:
             env.restore(carry.env)  # type: ignore[attr-defined]
-        return renew(env, request, carry) if request.renew else carry
+        return renew(env, spec, request, carry) if request.renew else carry
     tasks = spread(request.tasks, request.slot.num_envs)
-    obs, _ = env.reset(seed=request.seeds[0], options={"tasks": tasks})
+    obs = reset(env, spec, seed=request.seeds[0], options={"tasks": tasks})
     zeros = np.zeros(env.num_envs, np.float32)
     carry = Carry(
         env={},
         noise=torch.Generator().manual_seed(request.seeds[1]).get_state().numpy(),
-        obs=np.asarray(obs),
+        obs=obs,
         ended=np.zeros(env.num_envs, bool),
         episode_return=zeros,
         num_steps=np.zeros(env.num_envs, np.int64),
@@ -237,17 +245,24 @@ def begin_chunk(
     return stagger(env, spec, carry, request.seeds[1]) if request.stagger else carry
 
 
-def renew(env: VectorEnv, request: Request, carry: Carry) -> Carry:
+def reset(env: VectorEnv, spec: Spec, **options: Any) -> np.ndarray:
+    """The observations of a reset, [n, O], once they are found to be such."""
+    obs = np.asarray(env.reset(**options)[0])
+    check_returned(env, "reset", step_fields(spec, env.num_envs)[:1], (obs,))
+    return obs
+
+
+def renew(env: VectorEnv, spec: Spec, request: Request, carry: Carry) -> Carry:
     """Begins the streams of some members anew, with their tasks; the others go on."""
     members = np.zeros(request.slot.num_members, bool)
     members[list(request.renew)] = True
     mask = members.repeat(request.slot.num_envs)
     tasks = spread(request.tasks, request.slot.num_envs)
-    obs, _ = env.reset(options={"tasks": tasks, "reset_mask": mask})
+    obs = reset(env, spec, options={"tasks": tasks, "reset_mask": mask})
     kept = ("ended", "episode_return", "num_steps", "discounted_return", "pending_reward")
     blank = {name: np.where(mask, 0, getattr(carry, name)) for name in kept}
     blank = {name: array.astype(getattr(carry, name).dtype) for name, array in blank.items()}
-    return replace(carry, obs=np.asarray(obs).copy(), **blank)  # type: ignore[arg-type]
+    return replace(carry, obs=obs.copy(), **blank)  # type: ignore[arg-type]
 
 
 def stagger(env: VectorEnv, spec: Spec, carry: Carry, seed: int) -> Carry:
@@ -258,6 +273,7 @@ def stagger(env: VectorEnv, spec: Spec, carry: Carry, seed: int) -> Carry:
     """
     rng, shape = np.random.default_rng(seed), (env.num_envs,)
     begins = rng.integers(spec.horizon, size=shape)
+    fields = step_fields(spec, env.num_envs)
     obs, total, lengths = carry.obs, carry.episode_return.copy(), carry.num_steps.copy()
     for t in range(1, spec.horizon):
         action = (
@@ -265,13 +281,15 @@ def stagger(env: VectorEnv, spec: Spec, carry: Carry, seed: int) -> Carry:
             if spec.discrete
             else rng.uniform(-1.0, 1.0, (*shape, spec.action_size)).astype(np.float32)
         )
-        stepped = env.step(torch.from_numpy(action))
-        obs, reward, terminated, truncated = (np.asarray(part) for part in stepped[:4])
+        *stepped, info = env.step(torch.from_numpy(action))
+        came = tuple(map(np.asarray, stepped))
+        check_returned(env, "step", fields, came)
+        obs, reward, terminated, truncated = came
         total, lengths = total + reward, lengths + 1
         again = terminated | truncated | (begins == t)
         if again.any():
-            obs = np.asarray(env.reset(options={"reset_mask": again})[0])
-        over = again | stepped[4].get("episode_over", again)
+            obs = reset(env, spec, options={"reset_mask": again})
+        over = again | info.get("episode_over", again)
         total[over], lengths[over] = 0.0, 0
     return replace(carry, obs=obs.copy(), episode_return=total, num_steps=lengths)
 
@@ -295,14 +313,16 @@ def roll_out(
     generator.set_state(torch.tensor(carry.noise))
     obs, live = carry.obs, ~carry.ended
     running_return, lengths = carry.episode_return.copy(), carry.num_steps.copy()
-    out = allocate(policy, request, obs)
+    out, fields = allocate(policy, request, obs), step_fields(policy.spec, env.num_envs)
     act = policy.acting(params)
     outputs: list[torch.Tensor] = []
     for t, noise in enumerate(step_noise(policy, (m, e), generator, num_steps)):
         action, output = act(torch.from_numpy(obs).view(m, e, -1), noise)
         action = action.flatten(0, 1)
         *stepped, info = env.step(action)
-        next_obs, reward, terminated, truncated = map(np.asarray, stepped)
+        came = tuple(map(np.asarray, stepped))
+        check_returned(env, "step", fields, came)
+        next_obs, reward, terminated, truncated = came
         # Both also count, to no effect, where an episode is over.
         running_return += info.get("raw_reward", reward)
         lengths += 1
@@ -328,7 +348,7 @@ def roll_out(
         # Whole episodes: a life lost is not the end of what is reported, and the game goes on.
         again = over if request.stream else over & ~game_over
         if again.any():
-            obs = np.asarray(env.reset(options={"reset_mask": again})[0])
+            obs = reset(env, policy.spec, options={"reset_mask": again})
         live &= ~game_over | request.stream
         if not live.any():
             break
@@ -495,4 +515,12 @@ def receipt(chunk: Chunk, seconds: float) -> Receipt:
         seconds=seconds,
         worker=os.getpid(),
         num_bytes=sum(array.nbytes for array in a.values()),
+        host=platform.node(),
+        own_mb=own_memory_mb(),
     )
+
+
+def own_memory_mb() -> float:
+    """Resident memory of this process in MiB, without pages that it shares, as of a Ray store."""
+    found = psutil.Process().memory_info()
+    return float(found.rss - getattr(found, "shared", 0)) / 2**20

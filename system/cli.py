@@ -42,8 +42,9 @@ class TrainArguments:
     """What `train` and `show` take."""
 
     config: RunConfig
-    run_dir: Path | None = None
-    """Folder of the run; by default runs/<preset>-seed<n>. A run that is there goes on."""
+    run_dir: str | None = None
+    """Folder of the run, or a URL such as s3://bucket/run; by default runs/<preset>-seed<n>. A run
+    that is there goes on."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class SubmitArguments(TrainArguments):
 class EvaluateArguments:
     """What `evaluate` takes."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    run: tyro.conf.Positional[str]
+    """Folder of the run, or its URL."""
     json: bool = False
     """Print one JSON object and nothing else on standard output."""
     eval_tasks: int | None = None
@@ -80,10 +81,10 @@ class EvaluateArguments:
 class ExportArguments:
     """What `export` takes."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    run: tyro.conf.Positional[str]
+    """Folder of the run, or its URL."""
     out: Path | None = None
-    """Where to write; by default the folder `rule` in the run's."""
+    """Where to write; by default the folder `rule` in the run's, where that is no URL."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,12 @@ def known_error(error: BaseException) -> bool:
 def train(arguments: list[str]) -> int:
     """Metaloop train PRESET [flags]."""
     parsed = parse_config(arguments, "train")
-    from system import evaluation, run, run_folder
+    from system import evaluation, mirror, run, run_folder
 
     warn_of_settings_without_effect(parsed.config.runtime)
-    folder = parsed.run_dir or run_folder.default_folder(parsed.config)
-    result = run.train(parsed.config, folder)
+    place = parsed.run_dir or str(run_folder.default_folder(parsed.config))
+    with mirror.opened(place, parsed.config.runtime) as (folder, store):
+        result = run.train(parsed.config, folder, store)
     if result is None:
         return 130
     evaluation.print_table(result)
@@ -174,7 +176,7 @@ def train(arguments: list[str]) -> int:
     return 0
 
 
-RAY_ONLY = ("num_actors", "address", "timeout_s", "object_store_mb")
+RAY_ONLY = ("num_actors", "address", "timeout_s", "object_store_mb", "actor_memory_mb")
 JOINING_ONLY = ("accept_open_cluster", "wait_for_nodes")
 
 
@@ -226,14 +228,15 @@ def evaluate(arguments: list[str]) -> int:
     """Metaloop evaluate RUN [flags]."""
     check_flags(arguments, flag_names(EvaluateArguments), "metaloop evaluate --help")
     parsed = tyro.cli(EvaluateArguments, args=arguments, prog="metaloop evaluate")
-    from system import comparison, evaluation, run
+    from system import comparison, evaluation, mirror, run
 
     changes = {
         name: value
         for name in ("eval_tasks", "backend", "num_actors", "device")
         if (value := getattr(parsed, name)) is not None
     } | {"address": parsed.address}
-    result = run.evaluate(parsed.run, changes)
+    with mirror.copied(parsed.run) as folder:
+        result = run.evaluate(folder, changes)
     if parsed.json:
         print(json.dumps(result))
     else:
@@ -246,9 +249,12 @@ def export(arguments: list[str]) -> int:
     """Metaloop export RUN [--out DIR]."""
     check_flags(arguments, flag_names(ExportArguments), "metaloop export --help")
     parsed = tyro.cli(ExportArguments, args=arguments, prog="metaloop export")
-    from system import rules
+    from system import mirror, rules, storage
 
-    out = rules.export(parsed.run, parsed.out)
+    if parsed.out is None and storage.is_url(parsed.run):
+        raise ConfigError(f"{parsed.run} is a URL: say with --out DIR where to write the rule")
+    with mirror.copied(parsed.run) as folder:
+        out = rules.export(folder, parsed.out)
     print(f"rule  {out}")
     print(f"next  metaloop train lpg-agent/sampled --rule {out}")
     return 0

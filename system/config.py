@@ -49,6 +49,9 @@ class RuntimeConfig:
     """Longest wait for a remote answer, in seconds."""
     object_store_mb: int = 512
     """Size of the object store of a local Ray cluster."""
+    actor_memory_mb: int = 0
+    """Memory that an actor may hold beside what it shares; one with more is replaced between two
+    chunks. 0 for no limit."""
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
@@ -57,6 +60,8 @@ class RuntimeConfig:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.object_store_mb < 100:
             raise ConfigError(f"object_store_mb must be at least 100, not {self.object_store_mb}")
+        if self.actor_memory_mb < 0:
+            raise ConfigError(f"actor_memory_mb must not be negative, not {self.actor_memory_mb}")
 
 
 @dataclass(frozen=True)

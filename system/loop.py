@@ -35,6 +35,7 @@ from system.learner_host import Failure, Outcome
 from system.phase import Phase, by_tenth, mean_of_finite, means, summarise, trial_metrics
 from system.seeds import Stream, make_rng, make_seeds
 from system.statistics import mean_ci
+from system.stragglers import Stragglers
 
 RECENT = 100
 """Episodes of each replica over which a stream's return is averaged."""
@@ -89,6 +90,7 @@ class Loop:
         self.carries: dict[int, Any] = {}
         self.recent = [deque[float](maxlen=RECENT) for _ in range(config.num_members)]
         self.ahead: Ahead | None = None
+        self.stragglers = Stragglers()
 
     @property
     def streams(self) -> bool:
@@ -371,6 +373,7 @@ class Loop:
         """Returns before and after adaptation, speed, idle time."""
         env_steps = sum(phase.num_steps for phase in phases)
         busy = sum(phase.busy_seconds for phase in phases)
+        receipts = [receipt for phase in phases for receipt in phase.receipts]
         num_actors = (
             1 if self.config.runtime.backend == "serial" else self.config.runtime.num_actors
         )
@@ -386,19 +389,24 @@ class Loop:
             }
         else:
             shown = self.stream_metrics(phases)
-        return shown | {
-            "rollout/ep_len_mean": mean_of_finite(means(phases[-1].lengths)),
-            "perf/env_steps_per_s": env_steps / seconds,
-            "perf/collect_s": sum(phase.seconds for phase in phases),
-            "perf/learner_s": learner_seconds,
-            "perf/actor_idle_frac": max(0.0, 1.0 - busy / (num_actors * seconds)),
-            "perf/learner_idle_frac": max(0.0, 1.0 - learner_seconds / seconds),
-            "sys/actor_restarts": float(self.backend.actor_restarts),
-            "sys/learner_restarts": float(self.learner_restarts),
-            "sys/rss_mb": resident_mb(self.backend.pids),
-            "sys/object_store_mb": max(phase.num_bytes for phase in phases) / 2**20,
-            "time/iteration": seconds,
-        }
+        return (
+            shown
+            | self.stragglers.note(receipts)
+            | {
+                "rollout/ep_len_mean": mean_of_finite(means(phases[-1].lengths)),
+                "perf/env_steps_per_s": env_steps / seconds,
+                "perf/collect_s": sum(phase.seconds for phase in phases),
+                "perf/learner_s": learner_seconds,
+                "perf/actor_idle_frac": max(0.0, 1.0 - busy / (num_actors * seconds)),
+                "perf/learner_idle_frac": max(0.0, 1.0 - learner_seconds / seconds),
+                "sys/actor_restarts": float(self.backend.actor_restarts),
+                "sys/learner_restarts": float(self.learner_restarts),
+                "sys/rss_mb": resident_mb(self.backend.pids),
+                "sys/actor_rss_mb_max": max(receipt.own_mb for receipt in receipts),
+                "sys/object_store_mb": max(phase.num_bytes for phase in phases) / 2**20,
+                "time/iteration": seconds,
+            }
+        )
 
     def stream_metrics(self, phases: Sequence[Phase]) -> Metrics:
         """Mean of each member's last 100 episodes, and the interval over replicas."""

@@ -23,6 +23,7 @@ class Phase:
     busy_seconds: float
     seconds: float
     num_bytes: int
+    receipts: Sequence[Receipt]
 
     @property
     def member_return(self) -> np.ndarray:
@@ -54,6 +55,7 @@ def summarise(
         busy_seconds=sum(receipt.seconds for receipt in receipts),
         seconds=seconds,
         num_bytes=sum(receipt.num_bytes for receipt in receipts),
+        receipts=receipts,
     )
 
 

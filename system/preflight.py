@@ -14,7 +14,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 NEEDED = (
-    *("gymnasium", "imageio", "matplotlib", "mujoco", "numpy", "psutil", "ray", "rich"),
+    *("fsspec", "gymnasium", "imageio", "matplotlib", "mujoco", "numpy", "psutil", "ray", "rich"),
     *("safetensors", "tensorboard", "torch", "tyro"),
 )
 """Modules that a run imports."""

@@ -210,7 +210,7 @@ class Held:
     value: Carry
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """An actor, the process that last answered, and what it is working on.
 
@@ -220,6 +220,10 @@ class Lane:
     actor: Any
     place: Place
     in_flight: list[Any] = field(default_factory=list)
+    slots: set[int] = field(default_factory=set)
+    """What this process has collected."""
+    leaving: bool = False
+    """Whether it gets no more work, because its memory grows."""
     back: Any = None
 
     @property
@@ -395,13 +399,14 @@ class RayBackend:
 
         A stream stays with one actor, which keeps its environments, for as long as that answers.
         """
-        answering = [lane for lane in self.lanes if lane.back is None]
+        self.replace_leaving()
+        answering = [lane for lane in self.lanes if lane.back is None and not lane.leaving]
         held: list[tuple[Request, Any]] = []
         while self.waiting and answering:
             request, carry = self.waiting.popleft()
             if request.stream:
                 own = self.lanes[request.slot.id % len(self.lanes)]
-                lane = own if own.back is None else answering[request.slot.id % len(answering)]
+                lane = own if own in answering else answering[request.slot.id % len(answering)]
             else:
                 lane = min(answering, key=lambda lane: len(lane.in_flight))
             if len(lane.in_flight) >= IN_FLIGHT:
@@ -454,6 +459,8 @@ class RayBackend:
             return None
         if received.worker != lane.pid:
             self.miss(lane, None)
+        else:
+            self.weigh(received, lane, request)
         return received
 
     # --- Actors that die ---
@@ -485,8 +492,42 @@ class RayBackend:
             lane.back = None
             if place.pid != lane.pid or place.node != lane.place.node:
                 self.actor_restarts += 1
-                before, lane.place = str(lane), place
+                before, lane.place, lane.slots = str(lane), place, set()
                 log().warning("%s is back as %s", before, lane)
+
+    # --- Actors whose memory grows ---
+
+    def weigh(self, received: Receipt, lane: Lane, request: Request) -> None:
+        """Lets an actor go that holds more memory than it may.
+
+        Raises:
+            RolloutError: it does with environments that it has just made; so would the next one.
+        """
+        limit = self.config.runtime.actor_memory_mb
+        new = not lane.slots or (request.stream and request.slot.id not in lane.slots)
+        lane.slots.add(request.slot.id)
+        if not limit or received.own_mb <= limit:
+            return
+        found = (
+            f"actor process {lane.pid} on {received.host} holds {received.own_mb:.0f} MB, "
+            f"--actor-memory-mb allows {limit}"
+        )
+        if new:
+            raise RolloutError(f"{found}: its environments alone take as much. Allow more")
+        if not lane.leaving:
+            lane.leaving = True
+            log().warning(
+                "%s: another process takes its place once it has collected what it was asked for",
+                found,
+            )
+
+    def replace_leaving(self) -> None:
+        """Ends the actors that leave and have nothing to do; Ray starts them anew."""
+        for lane in self.lanes:
+            if lane.leaving and not lane.in_flight:
+                ray.kill(lane.actor, no_restart=False)
+                lane.leaving = False
+                self.miss(lane, None)
 
     # --- The learner ---
 

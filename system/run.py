@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -95,8 +95,15 @@ def running(config: RunConfig) -> Iterator[tuple[TaskFamily, Backend, Loop]]:
         backend.close()
 
 
-def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+def train(
+    config: RunConfig, folder: Path, after_save: Callable[[], None] = lambda: None
+) -> dict[str, Any] | None:
     """Trains until `config.iterations`, or goes on with the run in `folder`.
+
+    Args:
+        config: the run.
+        folder: where it lies.
+        after_save: called after each checkpoint.
 
     Returns:
         The last evaluation, or None where the user stopped before the end.
@@ -112,10 +119,12 @@ def train(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     check_replicas(config, load_family(config.task, config.task_options).spec, available)
     device = config.runtime.device if elsewhere else str(choose_device(config.runtime.device))
     with run_folder.opened(folder, config, device):
-        return train_in(folder, config)
+        return train_in(folder, config, after_save)
 
 
-def train_in(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+def train_in(
+    folder: Path, config: RunConfig, after_save: Callable[[], None]
+) -> dict[str, Any] | None:
     """`train` in a folder that is this process's own.
 
     Where the learner's process dies, another one goes on from the newest checkpoint; the run ends
@@ -124,7 +133,7 @@ def train_in(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     died_at: list[int | None] = []
     while True:
         try:
-            return train_from_newest(folder, config, len(died_at))
+            return train_from_newest(folder, config, after_save, len(died_at))
         except LearnerDied as error:
             died_at.append(checkpoint.newest_step(folder / run_folder.CHECKPOINTS))
             if died_at[-MAX_DEATHS:] == died_at[-1:] * MAX_DEATHS:
@@ -133,7 +142,7 @@ def train_in(folder: Path, config: RunConfig) -> dict[str, Any] | None:
 
 
 def train_from_newest(
-    folder: Path, config: RunConfig, learner_restarts: int
+    folder: Path, config: RunConfig, after_save: Callable[[], None], learner_restarts: int
 ) -> dict[str, Any] | None:
     """Trains from the newest checkpoint, or from the start, to the end or an interrupt."""
     restored = run_folder.restore(folder)
@@ -154,7 +163,9 @@ def train_from_newest(
             telemetry.config_text(to_dict(config))
             print(f"run folder   {folder}   device {backend.device}")
             print(f"TensorBoard  tensorboard --logdir {folder}")
-            counters, result = iterate(config, folder, loop, counters, telemetry, interrupt)
+            counters, result = iterate(
+                config, folder, loop, counters, telemetry, interrupt, after_save
+            )
         if counters.iteration < config.iterations:
             print(f"stopped at iteration {counters.iteration}; the same command goes on from there")
             return None
@@ -172,6 +183,7 @@ def iterate(
     counters: Counters,
     telemetry: Telemetry,
     interrupt: Interrupt,
+    after_save: Callable[[], None],
 ) -> tuple[Counters, dict[str, Any] | None]:
     """Meta-iterations with records and checkpoints, until the end or an interrupt.
 
@@ -203,12 +215,12 @@ def iterate(
                 images, histograms = pictures.draw(described), pictures.histograms(described)
                 telemetry.show(own_steps(loop, counters), images, histograms)
             if skipped is not None and counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                save(config, folder, loop, counters)
+                save(config, folder, loop, counters, after_save)
                 stop(folder, counters, skipped)
             if time.monotonic() - saved_at > 60.0 * config.runtime.checkpoint_minutes:
-                save(config, folder, loop, counters)
+                save(config, folder, loop, counters, after_save)
                 saved_at = time.monotonic()
-    save(config, folder, loop, counters)
+    save(config, folder, loop, counters, after_save)
     return counters, result
 
 
@@ -256,10 +268,17 @@ def average(records: Sequence[Metrics]) -> Metrics:
     return averaged
 
 
-def save(config: RunConfig, folder: Path, loop: Loop, counters: Counters) -> None:
+def save(
+    config: RunConfig,
+    folder: Path,
+    loop: Loop,
+    counters: Counters,
+    after_save: Callable[[], None],
+) -> None:
     """Writes a checkpoint."""
     state = loop.backend.learner("get_state")
     run_folder.save(folder, state, loop.snapshot(), counters, config.runtime.keep_checkpoints)
+    after_save()
 
 
 def stop(folder: Path, counters: Counters, skipped: SkippedUpdate) -> NoReturn:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from actors.tasks import ATARI_PREFIX, FAMILIES, TRIALS_PREFIX
 from learners.core.errors import ConfigError
-from system import access, preflight
+from system import access, preflight, storage
 from system.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ class Job:
     """A run that is to be submitted."""
 
     config: RunConfig
-    run_dir: Path | None
+    run_dir: str | None
     flags: tuple[str, ...]
     """As typed, without those that are for `submit` alone."""
     submission_id: str | None = None
@@ -220,17 +220,31 @@ def check_command(job: Job) -> None:
             "pass --backend ray, or use metaloop train"
         )
     rule = getattr(job.config.learner, "rule", None)
-    for flag, path in (("--run-dir", job.run_dir), ("--rule", Path(rule) if rule else None)):
-        if path is not None and not path.is_absolute():
+    for flag, path in (("--run-dir", job.run_dir), ("--rule", rule)):
+        if path and is_gone_with_the_job(path):
             raise ConfigError(
                 f"{flag} {path} would be a folder of one node, gone with the job: needed is an "
                 "absolute path on storage that all nodes see"
+                + (", or a URL such as s3://bucket/run" if flag == "--run-dir" else "")
             )
     if job.run_dir is None:
         access.warn(
             "no --run-dir: the run is written into the job's own folder on the head, which Ray "
-            "removes. Give an absolute path on storage that all nodes see, to keep and resume it"
+            "removes. Give an absolute path on storage that all nodes see, or a URL such as "
+            "s3://bucket/run, to keep and resume it"
         )
+
+
+def is_gone_with_the_job(place: str) -> bool:
+    """Whether what lies there cannot be reached from another node, or after the job's end.
+
+    Raises:
+        ConfigError: it is a URL of an unknown protocol.
+    """
+    if not storage.is_url(place):
+        return not Path(place).is_absolute()
+    protocol, path = storage.check_protocol(place), place.partition("://")[2]
+    return protocol == "memory" or (protocol in ("file", "local") and not path.startswith("/"))
 
 
 def describe_cluster(address: str, token: str | None) -> Cluster:

@@ -20,7 +20,7 @@ FLOORS = ("learners", "actors", "system", "deploy")
 
 OUTSIDE = {
     "learners": {"torch", "numpy"},
-    "actors": {"torch", "numpy", "gymnasium", "mujoco", "ale_py", "cv2"},
+    "actors": {"torch", "numpy", "psutil", "gymnasium", "mujoco", "ale_py", "cv2"},
 }
 """Distributions that a floor may import; the two upper floors are free but for ray."""
 

@@ -144,7 +144,7 @@ def test_cluster_commands_have_the_flags_that_they_name() -> None:
     assert isinstance(parsed, VisibleSubmitArguments)
     assert parsed.wait
     assert parsed.run_dir is not None
-    assert parsed.run_dir.is_absolute()
+    assert Path(parsed.run_dir).is_absolute()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.family import Task
+from learners.core.trajectory import Spec
 
 
 def check_whole(family: object, name: str, lowest: int) -> None:
@@ -80,6 +81,42 @@ def mask_at_reset(
             f"reset_mask must be bool of shape {(num_envs,)}, not {mask.dtype} of {mask.shape}"
         )
     return mask
+
+
+Field = tuple[str, tuple[int, ...], tuple[np.dtype[Any], ...]]
+"""What an environment returns: its name, its shape, and the types that it may have."""
+
+
+def step_fields(spec: Spec, num_envs: int) -> tuple[Field, Field, Field, Field]:
+    """Observation, reward, terminated and truncated as a step must return them."""
+    obs = np.uint8 if spec.image is not None else np.int64 if spec.worlds else np.float32
+    real, flags = ("f4", "f8", "i8"), (np.dtype(bool),)
+    return (
+        ("observations", (num_envs, spec.obs_size), (np.dtype(obs),)),
+        ("rewards", (num_envs,), tuple(map(np.dtype, real))),
+        ("terminated", (num_envs,), flags),
+        ("truncated", (num_envs,), flags),
+    )
+
+
+def check_returned(
+    env: object, method: str, fields: Sequence[Field], arrays: Sequence[np.ndarray]
+) -> None:
+    """Raises ValueError unless `arrays` are what `method` of `env` must return.
+
+    Takes a microsecond, so that every step can be checked.
+    """
+    if len(arrays) != len(fields):
+        raise ValueError(
+            f"{type(env).__name__}.{method} returned {len(arrays) + 1} values, expected are "
+            f"{', '.join(name for name, _, _ in fields)} and a dict"
+        )
+    for (name, shape, types), array in zip(fields, arrays, strict=True):
+        if array.shape != shape or array.dtype not in types:
+            raise ValueError(
+                f"{type(env).__name__}.{method} returned {name} of type {array.dtype} and shape "
+                f"{list(array.shape)}, expected {types[0]} and {list(shape)}"
+            )
 
 
 def task_array(tasks: Sequence[Task], name: str, size: int) -> np.ndarray:

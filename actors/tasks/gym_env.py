@@ -19,6 +19,12 @@ from actors.tasks import closest
 from actors.tasks.checks import check_whole, mask_at_reset, tasks_at_reset
 from learners.core.trajectory import Spec
 
+NUMBERS = (float, int, np.number, np.ndarray)
+"""Types of a reward; an array must have no dimension."""
+
+FLAGS = (bool, np.bool_)
+"""Types of `terminated` and of `truncated`."""
+
 
 @dataclass(frozen=True)
 class SingleEnvFamily:
@@ -180,8 +186,31 @@ class SingleEnvBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._terminated = np.ones(num_envs, bool)
         self._truncated = np.zeros(num_envs, bool)
 
-    def _flat(self, obs: Any) -> np.ndarray:
-        return np.asarray(flatten(self._obs_space, obs), np.float32)
+    def _flat(self, obs: Any, index: int, method: str) -> np.ndarray:
+        flat = np.asarray(flatten(self._obs_space, obs), np.float32)
+        if flat.shape != self._obs.shape[1:]:
+            expected = getattr(self._obs_space, "shape", None) or self._obs_space
+            raise self._wrong(index, method, "observation", obs, f"shape {expected}")
+        return flat
+
+    def _wrong(self, index: int, method: str, what: str, came: Any, expected: str) -> ValueError:
+        """What is raised where an environment returns something else than it should."""
+        shape = f" of shape {np.shape(came)}" if np.ndim(came) else f" {came!r}"
+        return ValueError(
+            f"{type(self.envs[index].unwrapped).__name__}.{method} returned as {what} "
+            f"{type(came).__name__}{shape}, expected {expected} (environment {index}, task "
+            f"{dict((self._tasks or [{}])[index])})"
+        )
+
+    def _step_one(self, index: int, action: Any) -> tuple[np.ndarray, float, bool, bool]:
+        """A step of one environment: flat observation, reward, terminated, truncated."""
+        obs, reward, terminated, truncated, _ = self.envs[index].step(action)
+        if not isinstance(reward, NUMBERS) or np.ndim(reward):
+            raise self._wrong(index, "step", "reward", reward, "a number")
+        for what, flag in (("terminated", terminated), ("truncated", truncated)):
+            if not isinstance(flag, FLAGS):
+                raise self._wrong(index, "step", what, flag, "True or False")
+        return self._flat(obs, index, "step"), float(reward), terminated, truncated
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -210,7 +239,7 @@ class SingleEnvBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             task = self._tasks[index]
             own_options = {"task": dict(task)} if task else None
             obs, _ = self.envs[index].reset(seed=seeds[index], options=own_options)
-            self._obs[index] = self._flat(obs)
+            self._obs[index] = self._flat(obs, index, "reset")
         self._steps[started] = 0
         self._terminated[started] = False
         self._truncated[started] = False
@@ -227,9 +256,9 @@ class SingleEnvBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         executed = self._executed(np.asarray(actions))
         reward = np.zeros(self.num_envs, np.float32)
         for index in np.flatnonzero(~(self._terminated | self._truncated)).tolist():
-            obs, paid, terminated, truncated, _ = self.envs[index].step(executed[index])
-            self._obs[index] = self._flat(obs)
-            reward[index] = paid
+            self._obs[index], reward[index], terminated, truncated = self._step_one(
+                index, executed[index]
+            )
             self._steps[index] += 1
             at_horizon = self.horizon > 0 and self._steps[index] >= self.horizon
             self._terminated[index] = terminated or at_horizon

@@ -639,7 +639,7 @@ def test_renewal_changes_what_is_carried_of_the_renewed_alone():
     before = copy.deepcopy(carry)
     env = worker.envs["slot", 7]
     request = three_members([new[0], old[1], new[2]], renew=(0, 2))
-    after = renew(env, request, carry)
+    after = renew(env, family.spec, request, carry)
     anew, same = [0, 1, 4, 5], [2, 3]
     for name in (*names, "num_steps"):
         found, there = getattr(after, name), getattr(before, name)

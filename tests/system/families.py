@@ -29,6 +29,19 @@ LONGEST_WAIT_S = 200.0
 
 EVERY_TASK = "every task"
 
+SLOW_S = 0.5
+LEAK_MB = 60
+LEAKED: list[np.ndarray] = []
+
+WRONG = {
+    "wrong_obs_type": lambda obs, reward, ended, *rest: (obs.double(), reward, ended, *rest),
+    "wrong_obs_shape": lambda obs, reward, ended, *rest: (obs[:, :1], reward, ended, *rest),
+    "wrong_reward": lambda obs, reward, ended, *rest: (obs, reward[:, None], ended, *rest),
+    "wrong_ends": lambda obs, reward, ended, *rest: (obs, reward, ended.long(), *rest),
+    "wrong_number": lambda obs, reward, ended, *rest: (obs, reward, ended, {}),
+}
+"""What a step returns instead, by the order."""
+
 
 @dataclass(frozen=True)
 class Obedient(Navigation2D):
@@ -39,7 +52,10 @@ class Obedient(Navigation2D):
         nan_reward, nan_obs    that number is NaN in the environments concerned
         raise                  an error, with the process id
         wait                   waits until the file is gone, and leaves `waiting-<process id>`
+        wrong_…                observations, rewards or ends of another type or shape: see `WRONG`
+        leak                   LEAK_MB of memory are never given back
 
+    The order `slow` holds process ids instead: in these the step takes SLOW_S longer.
     Without orders it is navigation-2d bit for bit.
 
     Attributes:
@@ -67,15 +83,39 @@ class ObedientEnv(Navigation2DEnv):
             self._wait()
         if self._concerned("raise").any():
             raise RuntimeError(f"the simulator broke in process {os.getpid()}")
+        if self._concerned("leak").any():
+            LEAKED.append(np.ones(LEAK_MB * 2**20 // 8))
+        if str(os.getpid()) in self._order("slow").split():
+            time.sleep(SLOW_S)
         reward = reward.masked_fill(self._concerned("nan_reward"), math.nan)
         obs = obs.masked_fill(self._concerned("nan_obs").unsqueeze(1), math.nan)
         return obs, reward, reached
 
+    def step(self, actions: Tensor) -> Any:
+        stepped = super().step(actions)
+        if self._orders is not None and int(self._steps.max()) == ORDER_STEP:
+            for order, spoil in WRONG.items():
+                if self._concerned(order).any():
+                    return spoil(*stepped)
+        return stepped
+
+    def reset(self, **given: Any) -> Any:
+        obs, info = super().reset(**given)
+        if self._orders is not None and self._concerned("wrong_reset").any():
+            return obs[:-1], info
+        return obs, info
+
+    def _order(self, order: str) -> str:
+        """What an order says; empty where it was not given."""
+        try:
+            return (self._orders / order).read_text()
+        except FileNotFoundError:
+            return ""
+
     def _concerned(self, order: str) -> Tensor:
         """Environments that the order is for, [num_envs] bool."""
-        try:
-            content = (self._orders / order).read_text()
-        except FileNotFoundError:
+        content = self._order(order)
+        if not content:
             return torch.zeros(self.num_envs, dtype=torch.bool)
         if content == EVERY_TASK:
             return torch.ones(self.num_envs, dtype=torch.bool)

@@ -33,7 +33,16 @@ class Scripted:
         for request, carry in self.waiting:
             m = request.slot.num_members
             receipt = Receipt(
-                request.slot.id, self.version, 10, [[1.0]] * m, [[5.0]] * m, 0.1, 1, 100
+                request.slot.id,
+                self.version,
+                10,
+                [[1.0]] * m,
+                [[5.0]] * m,
+                0.1,
+                1,
+                100,
+                "here",
+                50.0,
             )
             number = 0 if carry is None else carry[1] + 1
             name = (request.slot.id, number)

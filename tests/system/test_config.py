@@ -78,6 +78,7 @@ def test_values_that_no_run_can_use_are_refused(tiny_run, name, value):
         ("timeout_s", 0.0),
         ("timeout_s", float("nan")),
         ("object_store_mb", 99),
+        ("actor_memory_mb", -1),
     ],
 )
 def test_runtimes_that_no_run_can_use_are_refused(name, value):

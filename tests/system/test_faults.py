@@ -3,7 +3,10 @@
 import json
 import math
 import os
+import platform
 import signal
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -18,7 +21,7 @@ from system.checkpoint import load_newest
 from system.loop import Counters, Loop
 from system.seeds import Stream, make_rng, make_seeds
 from system.serial_backend import SerialBackend
-from tests.system.families import EVERY_TASK, Obedient
+from tests.system.families import EVERY_TASK, LEAK_MB, Obedient
 
 pytestmark = pytest.mark.usefixtures("torch_threads")
 on_ray = pytest.mark.ray
@@ -121,6 +124,70 @@ def test_an_actor_killed_in_mid_iteration_changes_nothing(
     assert all(psutil.pid_exists(pid) for pid in backend.pids)
 
 
+@on_ray
+def test_a_slow_actor_gets_less_to_do_and_is_named_once(
+    backend, undisturbed, config, family, clusters, caplog, monkeypatch, assert_same_state
+):
+    slow = backend.lanes[1].pid
+    (clusters.orders / "slow").write_text(str(slow))
+    loop, counters, done = Loop(config, family, backend), Counters(), Counter()
+    note = loop.stragglers.note
+
+    def count_and_note(receipts):
+        done.update(receipt.worker for receipt in receipts)
+        return note(receipts)
+
+    monkeypatch.setattr(loop.stragglers, "note", count_and_note)
+    for number in range(5):
+        counters, metrics, _ = loop.iterate(counters)
+        assert metrics["perf/slowest_actor_ratio"] > 1.0
+        if number == 2:
+            assert_same_state(backend.learner("get_state"), undisturbed[0])
+    assert set(done) == {lane.pid for lane in backend.lanes}
+    # Of twelve slots it takes the two that it is given at first, the others take the rest.
+    assert done[slow] == min(done.values())
+    assert done[slow] < sum(done.values()) / 4
+    (line,) = [x.getMessage() for x in caplog.records if "times as long" in x.getMessage()]
+    assert f"actor process {slow} on {platform.node()} takes" in line
+
+
+@on_ray
+def test_an_actor_whose_memory_grows_is_replaced_and_changes_nothing(
+    backend, undisturbed, config, family, clusters, monkeypatch, caplog, assert_same_state
+):
+    loop = Loop(config, family, backend)
+    _, counters, metrics = iterations(loop, 1)
+    restarts, pids = backend.actor_restarts, {lane.pid for lane in backend.lanes}
+    limit = int(metrics["sys/actor_rss_mb_max"]) + 2 * LEAK_MB
+    runtime = replace(config.runtime, actor_memory_mb=limit)
+    monkeypatch.setattr(backend, "config", replace(config, runtime=runtime))
+    (clusters.orders / "leak").write_text(EVERY_TASK)
+    state, counters, metrics = iterations(loop, 2, counters)
+    (clusters.orders / "leak").unlink()
+    assert_same_state(state, undisturbed[0])
+    assert counters == undisturbed[1]
+    assert metrics["sys/actor_rss_mb_max"] > limit
+    (first, *_) = said = [x.getMessage() for x in caplog.records if "holds" in x.getMessage()]
+    assert f"--actor-memory-mb allows {limit}" in first
+    assert any(f"actor process {pid} on {platform.node()} holds" in first for pid in pids)
+    assert metrics["sys/actor_restarts"] == backend.actor_restarts > restarts
+    # An actor that was replaced last may not have answered yet.
+    assert restarts + len(said) - 3 <= backend.actor_restarts <= restarts + len(said)
+    assert {lane.pid for lane in backend.lanes} != pids
+
+
+@on_ray
+def test_a_limit_that_a_new_actor_is_above_is_refused(
+    backend, config, family, clusters, monkeypatch
+):
+    runtime = replace(config.runtime, actor_memory_mb=1)
+    monkeypatch.setattr(backend, "config", replace(config, runtime=runtime))
+    for lane in backend.lanes:
+        monkeypatch.setattr(lane, "slots", set())
+    with pytest.raises(RolloutError, match=r"--actor-memory-mb allows 1: its environments alone"):
+        Loop(config, family, backend).iterate(Counters())
+
+
 def server_pid(backend):
     import ray
 
@@ -181,6 +248,32 @@ def test_an_environment_that_raises_is_reported(any_backend, config, family, clu
     else:
         assert culprit in [lane.pid for lane in any_backend.lanes]
         assert f"actor process {culprit}" in said
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        ("wrong_reset", "reset returned observations of type float32 and shape [0, 2], expected "
+         "float32 and [1, 2]"),
+        ("wrong_obs_type", "step returned observations of type float64 and shape [1, 2], expected "
+         "float32 and [1, 2]"),
+        ("wrong_obs_shape", "step returned observations of type float32 and shape [1, 1]"),
+        ("wrong_reward", "step returned rewards of type float32 and shape [1, 1], expected float32 "
+         "and [1]"),
+        ("wrong_ends", "step returned terminated of type int64 and shape [1], expected bool"),
+        ("wrong_number", "step returned 4 values, expected are observations, rewards, terminated"),
+    ],
+)  # fmt: skip
+def test_an_environment_that_returns_something_else_is_named(
+    any_backend, config, family, clusters, order, said
+):
+    task = tasks_of(family, 0)[2]
+    (clusters.orders / order).write_text(first_coordinate(task))
+    with pytest.raises(RolloutError) as caught:
+        Loop(config, family, any_backend).iterate(Counters())
+    assert f"ValueError: ObedientEnv.{said}" in str(caught.value)
+    assert str(task) in str(caught.value)
+    assert any(f"slot {slot} " in str(caught.value) for slot in (6, 7, 8))
 
 
 @pytest.mark.parametrize("order", ["nan_reward", "nan_obs"])

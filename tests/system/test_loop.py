@@ -76,7 +76,7 @@ class Recorder:
 def receipt(slot, returns=None):
     m = slot.num_members
     returns = [[r / 2, r / 2] for r in returns or [4.0] * m]
-    return Receipt(slot.id, 1, 7, returns, [[3.0, 3.0]] * m, 0.5, 1, 100)
+    return Receipt(slot.id, 1, 7, returns, [[3.0, 3.0]] * m, 0.5, 1, 100, "here", 50.0)
 
 
 # The order of things
@@ -173,10 +173,10 @@ def test_a_failed_update_ends_the_iteration_and_is_counted(tiny_run, fail_at, ph
 def test_receipts_of_a_members_slots_add_up():
     slots = make_slots(3, 4, 2, 2)
     receipts = [
-        Receipt(0, 1, 10, [[1.0], [1.5, 0.5]], [[4.0], [3.0, 3.0]], 0.5, 1, 100),
-        Receipt(1, 1, 20, [[3.0], [2.5, 1.5]], [[2.0], [1.0, 1.0]], 0.25, 2, 50),
-        Receipt(2, 1, 30, [[5.0]], [[5.0]], 1.0, 1, 10),
-        Receipt(3, 1, 40, [[1.0, 2.0, 3.0]], [[2.0, 2.0, 3.0]], 1.0, 1, 10),
+        Receipt(0, 1, 10, [[1.0], [1.5, 0.5]], [[4.0], [3.0, 3.0]], 0.5, 1, 100, "here", 50.0),
+        Receipt(1, 1, 20, [[3.0], [2.5, 1.5]], [[2.0], [1.0, 1.0]], 0.25, 2, 50, "here", 60.0),
+        Receipt(2, 1, 30, [[5.0]], [[5.0]], 1.0, 1, 10, "here", 70.0),
+        Receipt(3, 1, 40, [[1.0, 2.0, 3.0]], [[2.0, 2.0, 3.0]], 1.0, 1, 10, "here", 70.0),
     ]
     phase = summarise(slots, receipts, 3, seconds=2.0)
     np.testing.assert_allclose(phase.member_return, [4 / 2, 6 / 4, 11 / 4])
@@ -187,7 +187,9 @@ def test_receipts_of_a_members_slots_add_up():
 
 def test_a_member_without_a_finished_episode_has_no_return():
     (slot,) = make_slots(2, 1, 2, 1)
-    phase = summarise([slot], [Receipt(0, 1, 5, [[], [3.0]], [[], [5.0]], 0.1, 1, 1)], 2, 1.0)
+    phase = summarise(
+        [slot], [Receipt(0, 1, 5, [[], [3.0]], [[], [5.0]], 0.1, 1, 1, "here", 50.0)], 2, 1.0
+    )
     assert math.isnan(phase.member_return[0])
     assert phase.member_return[1] == 3.0
 
@@ -207,6 +209,7 @@ def test_the_metrics_are_those_of_the_design(tiny_run):
             "sys/actor_restarts",
             "sys/object_store_mb",
             "sys/rss_mb",
+            "sys/actor_rss_mb_max",
             "time/iteration",
             "time/env_steps",
         ),

@@ -134,6 +134,31 @@ def test_ray_learns_on_streams_bitwise_what_the_serial_backend_learns(
     np.testing.assert_equal(found, rows)
 
 
+@pytest.mark.ray
+def test_streams_go_on_bit_for_bit_where_their_actor_is_replaced(stream_run, assert_same_state):
+    from system.ray_backend import RayBackend
+
+    config = stream_run("a2c")
+    serial = serial_loop(config)
+    counters, rows = iterations(serial, 3)
+    on_ray = replace(config, runtime=replace(config.runtime, backend="ray", num_actors=1))
+    family = load_family(config.task, config.task_options)
+    backend = RayBackend(on_ray, family, [1, 2, 3])
+    try:
+        loop = Loop(on_ray, family, backend)
+        found_counters, found = iterations(loop, 1)
+        (lane,) = backend.lanes
+        before, lane.leaving = lane.pid, True
+        found_counters, more = iterations(loop, 2, found_counters)
+        assert_same_state(backend.learner("get_state"), serial.backend.learner("get_state"))
+        assert lane.pid != before
+        assert backend.actor_restarts == 1
+    finally:
+        backend.close()
+    assert found_counters == counters
+    np.testing.assert_equal(found + more, rows)
+
+
 @pytest.mark.parametrize("method", LEARNERS)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     stream_run, method, tmp_path, assert_same_state

@@ -149,6 +149,9 @@ def test_what_is_in_the_way_is_named_before_anything_is_sent(
     ("flags", "named"),
     [
         (("--run-dir", "runs/here"), "--run-dir runs/here would be a folder of one node"),
+        (("--run-dir", "file://runs/here"), "or a URL such as s3://bucket/run"),
+        (("--run-dir", "memory:///run"), "--run-dir memory:///run would be a folder of one node"),
+        (("--run-dir", "s4://bucket/run"), "there is no storage 's4'"),
         (("--backend", "serial"), "pass --backend ray"),
     ],
 )
@@ -160,13 +163,22 @@ def test_what_only_means_something_here_is_refused(metaloop, token, jobs, flags,
     assert jobs.given == {}
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "file:///shared/run"])
+def test_a_url_goes_to_the_job_as_it_is(metaloop, token, jobs, url):
+    """Its driver is the cluster's business, and need not be here."""
+    with serving(cluster_of()) as address:
+        status, _, err = metaloop("submit", NAVIGATION, "--address", address, "--run-dir", url)
+    assert (status, err) == (0, "")
+    assert f"--run-dir {url} --address auto" in jobs.given["entrypoint"]
+
+
 def test_a_relative_rule_is_refused():
     config = PRESETS["lpg-agent/sampled"]()
     assert isinstance(config.learner, LpgAgentConfig)
     learner = replace(config.learner, rule="runs/rule")
     config = replace(config, learner=learner, runtime=replace(config.runtime, backend="ray"))
     with pytest.raises(ConfigError, match="--rule runs/rule would be a folder of one node"):
-        submit.check_command(submit.Job(config, Path("/shared/run"), ()))
+        submit.check_command(submit.Job(config, "/shared/run", ()))
 
 
 def test_a_folder_that_is_too_large_is_refused_with_what_is_large(

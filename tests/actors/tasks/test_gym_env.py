@@ -218,3 +218,65 @@ def test_spaces_that_cannot_be_handled_are_named():
         _ = OddFamily().spec
     with pytest.raises(ValueError, match="observations of fixed size are needed, not Sequence"):
         _ = TextFamily().spec
+
+
+class Odd(Pole):
+    """A pole whose second step returns what its class attributes say instead."""
+
+    changes = {}  # noqa: RUF012 (set by the test)
+    at_reset = False
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed, options=options)
+        self.num_steps = 0
+        return (obs[:1], info) if self.at_reset else (obs, info)
+
+    def step(self, action):
+        names = ("obs", "reward", "terminated", "truncated", "info")
+        returned = dict(zip(names, super().step(action), strict=True))
+        self.num_steps += 1
+        return tuple((returned | (self.changes if self.num_steps == 2 else {})).values())
+
+
+@dataclass(frozen=True)
+class Odds(PoleMass):
+    def make_single(self):
+        return Odd()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # A single number would fill the whole row.
+        (
+            {"obs": np.zeros(1, np.float32)},
+            "observation ndarray of shape (1,), expected shape (3,)",
+        ),
+        (
+            {"obs": np.zeros(4, np.float32)},
+            "observation ndarray of shape (4,), expected shape (3,)",
+        ),
+        ({"reward": None}, "reward NoneType None, expected a number"),
+        ({"reward": np.ones(1)}, "reward ndarray of shape (1,), expected a number"),
+        ({"terminated": None}, "terminated NoneType None, expected True or False"),
+        ({"truncated": 0}, "truncated int 0, expected True or False"),
+    ],
+)
+def test_what_an_environment_should_not_return_is_named(monkeypatch, changes, said):
+    monkeypatch.setattr(Odd, "changes", changes)
+    family = Odds()
+    tasks = family.sample(np.random.default_rng(0), 2)
+    env = family.make(2)
+    env.reset(seed=0, options={"tasks": tasks})
+    env.step(torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"Odd\.step returned as ") as caught:
+        env.step(torch.zeros(2, 1))
+    assert f"{said} (environment 0, task {tasks[0]})" in str(caught.value)
+
+
+def test_what_a_reset_should_not_return_is_named(monkeypatch):
+    monkeypatch.setattr(Odd, "at_reset", True)
+    family = Odds()
+    tasks = family.sample(np.random.default_rng(0), 1)
+    with pytest.raises(ValueError, match=r"Odd\.reset returned as observation ndarray of shape"):
+        family.make(1).reset(seed=0, options={"tasks": tasks})
