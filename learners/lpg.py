@@ -388,7 +388,7 @@ class Lpg:
         state: State,
         trace: Sequence[Agents],
         batches: Sequence[Trajectory],
-        reduce: Reduce,
+        reduce: Reduce = ALONE,
     ) -> tuple[State, list[Window], list[State]]:
         """The windows of this learner's blocks, and all critics after learning from all batches."""
         c = self.config

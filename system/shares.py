@@ -28,12 +28,14 @@ def check_shares(config: RunConfig, spec: Spec) -> None:
     Raises:
         ConfigError: some learners would have nothing to do.
     """
-    num_learners = config.runtime.num_learners
+    num_learners, num_members = config.runtime.num_learners, config.num_members
     if num_learners == 1 or (there := num_blocks(config, spec)) >= num_learners:
         return
     size = config.learner.members_per_block  # type: ignore[union-attr]
+    fitting = num_members // num_learners
+    smaller = f"--members-per-block {fitting}" if fitting else "more --num-members"
     raise ConfigError(
-        f"num_learners {num_learners}: the {config.num_members} members make {there} blocks "
-        f"(members_per_block {size}), and every learner needs one. Use --num-learners {there}, a "
-        "smaller --members-per-block, or more --num-members"
+        f"num_learners {num_learners}: the {num_members} members make {there} blocks "
+        f"(members_per_block {size}), and every learner needs one. Use --num-learners {there} or "
+        f"{smaller}"
     )

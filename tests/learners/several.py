@@ -14,15 +14,17 @@ ADDRESS = "127.0.0.1"
 LONGEST_WAIT = 60.0
 
 
-def serve(pipe: Any, rank: int, size: int, timeout_s: float) -> None:
+def serve(pipe: Any, rank: int, size: int, timeout_s: float, kind: str) -> None:
     """What each process does: joins the others, then answers calls until it is ended."""
     torch.set_num_threads(1)
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
     if rank == 0:
         store = open_store(ADDRESS, LONGEST_WAIT)
         pipe.send(store.port)
     else:
         store = find_store(ADDRESS, pipe.recv(), LONGEST_WAIT)
-    reduce = join(store, rank, size, torch.device("cpu"), timeout_s)
+    reduce = join(store, rank, size, torch.device(kind), timeout_s)
     while True:
         function, arguments = pipe.recv()
         try:
@@ -33,15 +35,16 @@ def serve(pipe: Any, rank: int, size: int, timeout_s: float) -> None:
 
 
 class Learners:
-    """`size` of them, until `close`."""
+    """`size` of them on devices of one kind, until `close`."""
 
-    def __init__(self, size: int, timeout_s: float = LONGEST_WAIT) -> None:
+    def __init__(self, size: int, timeout_s: float = LONGEST_WAIT, kind: str = "cpu") -> None:
         spawn = multiprocessing.get_context("spawn")
         self.size = size
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=serve, args=(theirs, rank, size, timeout_s), daemon=True)
+            arguments = (theirs, rank, size, timeout_s, kind)
+            process = spawn.Process(target=serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)

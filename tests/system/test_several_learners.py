@@ -179,7 +179,7 @@ def test_more_learners_than_blocks_are_refused_before_anything_starts(
     config = tiny_run(task, runtime=TWO | {"num_learners": 3})
     if learner is not None:
         config = replace(config, learner=learner, task_options={})
-    with pytest.raises(ConfigError, match=rf"num_learners 3: the {blocks}.*--members-per-block"):
+    with pytest.raises(ConfigError, match=rf"num_learners 3: the {blocks}.*--members-per-block 1"):
         run.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -87,6 +87,31 @@ def one_sum(reduce):
     return reduce.sum([torch.ones(1)])
 
 
+def gathered_on_cards(reduce, blocks):
+    found = gathered(reduce, blocks)
+    assert all(t.is_cuda for part in found for t in part["by_type"].values())
+    return [on_cpu(part) for part in found]
+
+
+def on_cpu(part):
+    if isinstance(part, dict):
+        return {name: on_cpu(entry) for name, entry in part.items()}
+    return part.cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_parts_arrive_bit_for_bit_between_graphics_cards():
+    """By NCCL: between two of them, or, where there is one, from it to itself."""
+    learners = Learners(min(2, torch.cuda.device_count()), kind="cuda")
+    try:
+        expected = gathered(ALONE, BLOCKS)
+        for found in learners.run(gathered_on_cards, BLOCKS):
+            assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+    finally:
+        learners.close()
+
+
 def test_a_learner_that_is_killed_leaves_no_other_waiting():
     learners = Learners(2)
     try:
