@@ -3,14 +3,16 @@
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 
+from actors.tasks import load_family
 from learners.config import A2cConfig, LpgConfig, Rl2Config
 from learners.core.errors import ConfigError
-from system import cluster, run
+from system import cluster, memory, run
 from system.config import RuntimeConfig
 from system.loop import Counters, Loop
 from system.serial_backend import SerialBackend
@@ -197,6 +199,21 @@ def test_a_cluster_with_fewer_gpus_than_learners_is_refused(monkeypatch):
     cluster.check_size(RuntimeConfig(address="192.0.2.7:6379", num_learners=2, device="cpu"))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     cluster.check_size(RuntimeConfig(address="192.0.2.7:6379", num_learners=2, device="auto"))
+
+
+def test_memory_is_counted_for_every_learner(tiny_run, monkeypatch):
+    """Each holds the data of all replicas, and is a process."""
+    config = tiny_run("gym:CartPole-v1", runtime=TWO)
+    config = replace(config, learner=A2cConfig(), task_options={})
+    alone = replace(config, runtime=replace(config.runtime, num_learners=1))
+    spec = load_family(config.task, {}).spec
+    assert memory.replica_bytes(config, spec) == 2 * memory.replica_bytes(alone, spec)
+    needed = 100 + 3 * cluster.PROCESS_MB
+    there = SimpleNamespace(available=needed * 2**20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: there)
+    cluster.check_machine(alone.runtime)
+    with pytest.raises(ConfigError, match="1 actors and 2 learners needs about 1900 MB"):
+        cluster.check_machine(config.runtime)
 
 
 def test_a_job_counts_the_gpus_of_all_learners():
