@@ -21,12 +21,12 @@ from torch import Tensor
 
 from learners.config import A2cConfig
 from learners.core.actor_critic import decayed, rollout, stack, values
-from learners.core.contract import Agents, State, check_params
+from learners.core.contract import State
 from learners.core.optim import OPTIMIZERS, clip_by_norm
 from learners.core.params import detach, gradients, leaves
-from learners.core.replicas import Replicas
+from learners.core.replicas import Replicas, each
 from learners.core.returns import lookahead_returns, vtrace
-from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
+from learners.core.trajectory import Params, Trajectory
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,9 @@ class A2c(Replicas):
         }
         return state | self.first_statistics(len(seeds))
 
-    def meta_update(
-        self,
-        state: State,
-        trace: Sequence[Agents],
-        batches: Sequence[Trajectory],
-        reduce: Reduce = sum_in_order,
-    ) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Trajectory) -> tuple[State, Params]:
         """One step of every replica on its own chunk."""
-        c, (batch,) = self.config, batches
+        c = self.config
         params = leaves(state["params"])
         loss, metrics = self.loss(params, batch, self.statistics(state))
         grads, norm = clip_by_norm(gradients(loss.sum(), params), c.max_grad_norm)
@@ -61,12 +55,11 @@ class A2c(Replicas):
         lr = decayed(c.lr, int(num_updates[0]), c.lr_decay_updates)
         optimizer = OPTIMIZERS[c.optimizer]
         new, slots = optimizer.update(detach(params), grads, state["optimizer"], lr)
-        check_params(new, "params")
         after = self.updated(state, batch, {"params": new, "optimizer": slots})
-        return after, metrics | {"meta/grad_norm": float(norm.mean())}
+        return after, metrics | {"meta/grad_norm": norm}
 
-    def loss(self, params: Params, batch: Trajectory, statistics: Params) -> tuple[Tensor, Metrics]:
-        """Loss of each replica [M], with gradient to `params`, and its parts."""
+    def loss(self, params: Params, batch: Trajectory, statistics: Params) -> tuple[Tensor, Params]:
+        """Loss of each replica [M], with gradient to `params`, and its parts [M]."""
         c, networks = self.config, self.networks
         data = rollout(batch, statistics)
         dist, value = networks(params, data.obs)
@@ -95,7 +88,7 @@ class A2c(Replicas):
             "meta/entropy": entropy,
             "meta/ratio_mean": log_ratio.exp(),
         }
-        return loss, {name: float(value.detach().mean()) for name, value in parts.items()}
+        return loss, each(parts)
 
 
 def cut(batch: Trajectory) -> Tensor:

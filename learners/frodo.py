@@ -51,14 +51,14 @@ from torch import Tensor
 
 from learners.config import FrodoConfig
 from learners.core.actor_critic import VALUE, decayed, next_values, part, prefixed, rollout, stack
-from learners.core.contract import Agents, State, check_params
+from learners.core.contract import State
 from learners.core.normalizer import normalize_obs
 from learners.core.optim import OPTIMIZERS, Adam, Optimizer, clip_by_norm
 from learners.core.params import detach, first_member, gradients, leaves
-from learners.core.replicas import Replicas, value_errors
+from learners.core.replicas import Replicas, each, value_errors
 from learners.core.returns import vtrace
 from learners.core.target_network import TargetNetwork
-from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
+from learners.core.trajectory import Params, Trajectory
 
 META_OPTIMIZER = Adam(eps=1e-5)
 CRITIC_OPTIMIZER = Adam(eps=1e-5)
@@ -118,20 +118,13 @@ class Frodo(Replicas):
             state |= {"critic": critic, "critic_optimizer": CRITIC_OPTIMIZER.init(critic)}
         return state | self.first_statistics(len(seeds))
 
-    def meta_update(
-        self,
-        state: State,
-        trace: Sequence[Agents],
-        batches: Sequence[Trajectory],
-        reduce: Reduce = sum_in_order,
-    ) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Trajectory) -> tuple[State, Params]:
         """One inner update on the newest batch; where it closes a window, the outer one before."""
-        (raw,) = batches
-        batch = self.prepared(raw, state)
+        raw, batch = batch, self.prepared(batch, state)
         window, starts = saved_window(state["window"]), saved_starts(state["starts"])
         num_inner_updates = self.config.num_inner_updates
         groups: State = {}
-        metrics: Metrics = {}
+        metrics: Params = {}
         if len(window) == num_inner_updates + self.config.num_outcome_batches - 1:
             groups, metrics = self.outer_update(state, window, batch)
             window, starts = window[num_inner_updates:], starts[1:]
@@ -143,7 +136,6 @@ class Frodo(Replicas):
             starts = [*starts, (params, slots)]
         lr = self.inner_lr(state, 0)
         params, slots, inner = self.inner_step(params, slots, meta_params, batch, lr)
-        check_params(params, "params")
         groups |= {"params": params, "optimizer": slots}
         groups["window"] = numbered([vars(kept) for kept in [*window, batch]])
         groups["starts"] = numbered(
@@ -241,7 +233,7 @@ class Frodo(Replicas):
 
     def inner_step(
         self, params: Params, slots: Params, meta_params: Params, batch: Trajectory, lr: float
-    ) -> tuple[Params, Params, Metrics]:
+    ) -> tuple[Params, Params, Params]:
         """An inner update without a graph, and what there is to say of it."""
         leaf = leaves(params)
         new, slots, view, target, norm = self.inner_update_of(
@@ -258,14 +250,13 @@ class Frodo(Replicas):
                 "frodo/target_distance": difference.abs(),
             }
             errors = value_errors(view.value, batch)
-        means = {name: float(value.detach().mean()) for name, value in metrics.items()}
-        return detach(new), detach(slots), means | errors
+        return detach(new), detach(slots), each(metrics) | errors
 
     # --- The outer update ---
 
     def outer_update(
         self, state: State, window: Sequence[Trajectory], query: Trajectory
-    ) -> tuple[State, Metrics]:
+    ) -> tuple[State, Params]:
         """η after K batches, those after the next, and the newest."""
         c = self.config
         meta_params = leaves(state["meta_params"])
@@ -283,10 +274,8 @@ class Frodo(Replicas):
         new, slots = META_OPTIMIZER.update(
             detach(meta_params), grads, state["meta_optimizer"], c.meta_lr
         )
-        check_params(new, "meta_params")
         parts = {"meta/loss": loss, "meta/grad_norm": norm, "frodo/consistency_loss": consistency}
-        metrics = {name: float(value.detach().mean()) for name, value in parts.items()}
-        return {"meta_params": new, "meta_optimizer": slots}, metrics
+        return {"meta_params": new, "meta_optimizer": slots}, each(parts)
 
     def unroll(
         self,
@@ -371,7 +360,6 @@ class Frodo(Replicas):
         new, slots = CRITIC_OPTIMIZER.update(
             detach(critic), grads, state["critic_optimizer"], c.critic_lr
         )
-        check_params(new, "critic")
         return {"critic": new, "critic_optimizer": slots}
 
     # --- Parts ---
@@ -404,10 +392,8 @@ class Frodo(Replicas):
 
         fields = dict(vars(batch))
         fields |= {name: seen(fields[name]) for name in ("obs", "last_obs")}
-        if bool(batch.truncated.any()):
+        if batch.final_obs.shape[1]:
             fields["final_obs"] = seen(batch.final_obs)
-        else:
-            fields["final_obs"] = batch.final_obs[:, :0]
         return Trajectory(**fields)
 
 

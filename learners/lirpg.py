@@ -53,7 +53,7 @@ from learners.core.actor_critic import (
     value_loss_slope,
     values,
 )
-from learners.core.contract import Agents, State, check_params
+from learners.core.contract import State
 from learners.core.intrinsic import IntrinsicReward
 from learners.core.optim import Adam, RMSProp, clip_by_norm, clip_pullback
 from learners.core.params import (
@@ -62,10 +62,10 @@ from learners.core.params import (
     one_member,
     unflatten_members,
 )
-from learners.core.replicas import Replicas
+from learners.core.replicas import Replicas, each
 from learners.core.returns import gae_matrix, stream_gae
 from learners.core.reward_description import describe_reward
-from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
+from learners.core.trajectory import Params, Trajectory
 
 METRICS_EVERY = 20
 """Updates of the a2c form between two looks at the intrinsic reward."""
@@ -142,15 +142,9 @@ class Lirpg(Replicas):
         }
         return state | self.first_statistics(len(seeds))
 
-    def meta_update(
-        self,
-        state: State,
-        trace: Sequence[Agents],
-        batches: Sequence[Trajectory],
-        reduce: Reduce = sum_in_order,
-    ) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Trajectory) -> tuple[State, Params]:
         """All epochs of every replica on its own rollout: a step of θ and one of η each."""
-        c, (batch,) = self.config, batches
+        c = self.config
         window = self.window(state, batch)
         counters = state["counters"]
         count = counters["num_updates"]
@@ -160,7 +154,7 @@ class Lirpg(Replicas):
         shuffled = minibatches(
             counters["seed"], count, window.fixed.shape[1], c.num_epochs, c.num_minibatches
         ).to(theta.device)
-        totals: Metrics = {}
+        totals: Params = {}
         for epoch in shuffled.view(c.num_epochs, c.num_minibatches, *shuffled.shape[1:]):
             steps = window.steps.rows(epoch.swapaxes(0, 1).flatten(1))
             for number, rows in enumerate(epoch):
@@ -172,16 +166,14 @@ class Lirpg(Replicas):
                         {"flat": eta}, grads, meta_slots, meta_lr
                     )
                 theta, eta, slots = step.params, updated["flat"], step.slots
-            for name, value in (step.metrics() | {"meta/grad_norm": norm}).items():
-                totals[name] = totals.get(name, 0.0) + float(value.mean()) / c.num_epochs
+            for name, value in each(step.metrics() | {"meta/grad_norm": norm}).items():
+                totals[name] = totals.get(name, 0.0) + value / c.num_epochs
         groups = {
             "params": unflatten_members(theta.clone(), window.like),
             "meta_params": unflatten_members(eta.clone(), window.meta_like),
             "optimizer": {name: slot.clone() for name, slot in slots.items()},
             "meta_optimizer": {name: slot.clone() for name, slot in meta_slots.items()},
         }
-        for group in ("params", "meta_params"):
-            check_params(groups[group], group)
         after = self.updated(state, batch, groups)
         if c.form == "ppo" or int(count[0]) % METRICS_EVERY == 0:
             totals |= self.reward_metrics(after, window, shuffled[0])
@@ -344,7 +336,7 @@ class Lirpg(Replicas):
             one_member(meta_params),
         )
 
-    def reward_metrics(self, state: State, window: Window, rows: Tensor) -> Metrics:
+    def reward_metrics(self, state: State, window: Window, rows: Tensor) -> Params:
         """What r_in says, and how its policy gradient lies to the extrinsic one's."""
         params, meta_params = state["params"], state["meta_params"]
         with torch.no_grad():
@@ -363,9 +355,9 @@ class Lirpg(Replicas):
         ]
         cosine = functional.cosine_similarity(grads[0], grads[1], dim=1)
         return {
-            "lirpg/intrinsic_reward_mean": float(reward.mean()),
-            "lirpg/intrinsic_reward_std": float(reward.std(1).mean()),
-            "lirpg/gradient_cosine": float(cosine.mean()),
+            "lirpg/intrinsic_reward_mean": reward.mean(1),
+            "lirpg/intrinsic_reward_std": reward.std(1),
+            "lirpg/gradient_cosine": cosine,
         }
 
 

@@ -69,7 +69,8 @@ from learners.core.population import (
     by_member,
     experience,
 )
-from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+from learners.core.reduce import ALONE, Reduce
+from learners.core.trajectory import Metrics, Params, Spec, Trajectory
 from learners.core.update_rule import UpdateRule
 
 META_OPTIMIZER = Adam(eps=1e-5)
@@ -193,12 +194,18 @@ class Lpg:
         return renew, Agents(groups["params"], slots, 0)
 
     def inner_update(
-        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+        self,
+        state: State,
+        agents: Agents,
+        batch: Trajectory,
+        reduce: Reduce = ALONE,
+        *,
+        evaluating: bool = False,
     ) -> Agents:
         """θ_k+1 of all members, under the rule as it is."""
         blocks = self.blocks(len(batch.reward))
 
-        def update(block: Block) -> tuple[Params, Params]:
+        def update(block: Block) -> State:
             data = batch.members(*block.members)
             params = block.of(agents.params)
             with torch.no_grad():
@@ -212,11 +219,11 @@ class Lpg:
                 self.rates(agents, block),
                 create_graph=False,
             )
-            return detach(new), detach(slots)
+            return {"params": detach(new), "optimizer": detach(slots)}
 
-        parts = map_blocks(update, blocks, batch.obs.device)
-        params = self.policy.join(blocks, [part[0] for part in parts])
-        slots = self.policy.join(blocks, [part[1] for part in parts])
+        parts = reduce.gather(map_blocks(update, reduce.own(blocks), batch.obs.device))
+        params = self.policy.join(blocks, [part["params"] for part in parts])
+        slots = self.policy.join(blocks, [part["optimizer"] for part in parts])
         check_params(params, "params")
         age = agents.slots["age"] + 1
         return Agents(params, agents.slots | slots | {"age": age}, agents.num_updates + 1)
@@ -226,12 +233,12 @@ class Lpg:
         state: State,
         trace: Sequence[Agents],
         batches: Sequence[Trajectory],
-        reduce: Reduce = sum_in_order,
+        reduce: Reduce = ALONE,
     ) -> tuple[State, Metrics]:
         """One step of η; then critics learn, and lifetimes that are over make way for others."""
         c = self.config
         blocks = self.blocks(len(batches[-1].reward))
-        state, windows, critics = self.windows(state, trace, batches, blocks)
+        state, windows, critics = self.windows(state, trace, batches, reduce)
         meta_params = leaves(state["meta_params"])
         parts = map_blocks(
             lambda window: self.block_gradient(meta_params, window),
@@ -239,12 +246,13 @@ class Lpg:
             batches[-1].obs.device,
         )
         num_members = len(batches[-1].reward)
-        metrics = reduce([part.metrics for part in parts]) / num_members
+        metrics = reduce.sum([part.metrics for part in parts]) / num_members
         shown = dict(zip(METRICS, metrics.tolist(), strict=True))
+        grads = [part.gradient for part in parts]
         if c.adam_per_lifetime:
-            stacked = torch.stack([part.gradient for part in parts])
+            stacked = torch.stack(reduce.gather(grads))
         else:
-            stacked = reduce([part.gradient for part in parts]).unsqueeze(0) / num_members
+            stacked = reduce.sum(grads).unsqueeze(0) / num_members
         new, slots, norm = self.step(detach(meta_params), stacked, state["meta_optimizer"])
         check_params(new, "meta_params")
         state = state | {"meta_params": new, "meta_optimizer": slots}
@@ -382,22 +390,22 @@ class Lpg:
         state: State,
         trace: Sequence[Agents],
         batches: Sequence[Trajectory],
-        blocks: Sequence[Block],
+        reduce: Reduce = ALONE,
     ) -> tuple[State, list[Window], list[State]]:
-        """Every block's share of the window, and its critic after learning from all batches."""
+        """The windows of this learner's blocks, and all critics after learning from all batches."""
         c = self.config
+        blocks = reduce.own(self.blocks(len(batches[-1].reward)))
         cut = [[batch.members(*block.members) for batch in batches] for block in blocks]
-        critics = [
-            self.learned(block, state, data) for block, data in zip(blocks, cut, strict=True)
-        ]
+        critics = reduce.gather(
+            [self.learned(block, state, data) for block, data in zip(blocks, cut, strict=True)]
+        )
         num_rated = c.num_inner_updates if c.outer_every_update else 1
         num_needed = len(batches) if c.imitation_coef > 0.0 else num_rated
-        whole = torch.cat(
-            [
-                self.advantages(block, state, data[-num_needed:])
-                for block, data in zip(blocks, cut, strict=True)
-            ]
-        )
+        advantages = [
+            self.advantages(block, state, data[-num_needed:])
+            for block, data in zip(blocks, cut, strict=True)
+        ]
+        whole = torch.cat(reduce.gather(advantages))
         rated = whole[:, -num_rated:]
         if c.ema_advantage:
             rated, moments = smoothly_normalised(rated, state["advantage"])

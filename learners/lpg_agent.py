@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from learners.config import LpgAgentConfig
 from learners.core.blocks import map_blocks
@@ -25,10 +26,13 @@ from learners.core.contract import Agents, State, check_params
 from learners.core.lifetimes import BY_WORLD, Lifetimes
 from learners.core.params import detach, leaves
 from learners.core.population import Block, CriticRates, Population, Rates, Target, experience
+from learners.core.reduce import ALONE, Reduce
 from learners.core.replicas import Online
 from learners.core.returns import reverse_scan
-from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+from learners.core.trajectory import Metrics, Params, Spec, Trajectory
 from learners.core.update_rule import UpdateRule
+
+METRICS = ("lpg/pi_hat_abs", "lpg/pi_hat_against_advantage", "lpg/policy_entropy")
 
 
 @dataclass(frozen=True)
@@ -89,21 +93,24 @@ class LpgAgent(Online):
         state: State,
         trace: Sequence[Agents],
         batches: Sequence[Trajectory],
-        reduce: Reduce = sum_in_order,
+        reduce: Reduce = ALONE,
     ) -> tuple[State, Metrics]:
         """One update of every agent; the rule stays as it is."""
         (batch,) = batches
         blocks = self.policy.blocks(len(batch.reward), self.config.members_per_block)
-        parts = map_blocks(lambda block: self.taught(state, block, batch), blocks, batch.obs.device)
-        new = {g: self.policy.join(blocks, [part[g] for part, _ in parts]) for g in BY_WORLD}
+        found = map_blocks(
+            lambda block: self.taught(state, block, batch), reduce.own(blocks), batch.obs.device
+        )
+        parts = reduce.gather([part for part, _ in found])
+        sums = reduce.sum([metrics for _, metrics in found]) / len(batch.reward)
+        new = {g: self.policy.join(blocks, [part[g] for part in parts]) for g in BY_WORLD}
         check_params(new["params"], "params")
         lifetimes = state["lifetimes"] | {"age": state["lifetimes"]["age"] + 1}
-        names = parts[0][1]
-        metrics = {n: sum(m[n] for _, m in parts) / len(batch.reward) for n in names}
+        metrics = dict(zip(METRICS, sums.tolist(), strict=True))
         return state | new | {"lifetimes": lifetimes}, metrics
 
-    def taught(self, state: State, block: Block, batch: Trajectory) -> tuple[State, Metrics]:
-        """A block's groups after one update, and sums over its members."""
+    def taught(self, state: State, block: Block, batch: Trajectory) -> tuple[State, Tensor]:
+        """A block's groups after one update, and sums over its members by `METRICS`, float64."""
         c, agent = self.config, block.agent
         own = {group: block.of(state[group]) for group in BY_WORLD}
         data = batch.members(*block.members)
@@ -122,11 +129,12 @@ class LpgAgent(Online):
             returns,
             CriticRates(c.critic_rate, c.critic_lr),
         )
-        metrics = {
-            "lpg/pi_hat_abs": float(target.pi_hat.abs().mean((1, 2)).sum()),
-            "lpg/pi_hat_against_advantage": float(correlation(target.pi_hat, advantage).sum()),
-            "lpg/policy_entropy": float(entropy.mean(1).sum()),
-        }
+        shown = (
+            target.pi_hat.abs().mean((1, 2)),
+            correlation(target.pi_hat, advantage),
+            entropy.mean(1),
+        )
+        metrics = torch.stack([value.sum().double() for value in shown])
         groups = [detach(params), detach(slots), critic, critic_slots]
         return dict(zip(BY_WORLD, groups, strict=True)), metrics
 
@@ -136,7 +144,7 @@ class LpgAgent(Online):
         block: Block,
         params: Params,
         batch: Trajectory,
-        advantage: torch.Tensor,
+        advantage: Tensor,
     ) -> Target:
         """What the teacher says of a batch."""
         if self.config.teacher == "rule":
@@ -158,7 +166,7 @@ class LpgAgent(Online):
         return Rates(lr, alpha_y, c.max_grad_norm, c.entropy_coef)
 
 
-def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def correlation(a: Tensor, b: Tensor) -> Tensor:
     """Correlation over the steps of each member, [M, T, E] → [M]; 0 where one is constant."""
     a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (a, b))
     return (a * b).sum(1) / ((a.square().sum(1) * b.square().sum(1)).sqrt() + 1e-12)

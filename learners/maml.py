@@ -48,19 +48,20 @@ from learners.core.params import (
 )
 from learners.core.policy import Distribution, Policy
 from learners.core.policy_gradient import Batch, advantages, inner_loss, surrogate
+from learners.core.reduce import ALONE, Reduce
 from learners.core.trajectory import (
     Metrics,
     Params,
-    Reduce,
     Spec,
     Trajectory,
     masked_mean,
     mean_episode_return,
-    sum_in_order,
 )
 from learners.core.trust_region import Curvature
 
 INNER_LR = "inner_lr."
+
+INNER_METRICS = ("inner/loss", "inner/step_norm", "inner/kl")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,13 @@ class MamlTrpo:
         return [True] * num_members, Agents(expand_members(params, num_members), {}, 0)
 
     def inner_update(
-        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+        self,
+        state: State,
+        agents: Agents,
+        batch: Trajectory,
+        reduce: Reduce = ALONE,
+        *,
+        evaluating: bool = False,
     ) -> Agents:
         """θ_k+1. When evaluating, updates after the first take half the step."""
         _, inner_lr = self.split(state["meta_params"])
@@ -129,8 +136,8 @@ class MamlTrpo:
             trace = unroll(params, inner_lr, [data], self.inner_loss, create_graph=False)
             return detach(trace[-1])
 
-        blocks = block_bounds(len(batch.valid), self.config.members_per_block)
-        parts = map_blocks(update, blocks, batch.obs.device)
+        blocks = reduce.own(block_bounds(len(batch.valid), self.config.members_per_block))
+        parts = reduce.gather(map_blocks(update, blocks, batch.obs.device))
         adapted = {name: torch.cat([part[name] for part in parts]) for name in agents.params}
         check_params(adapted, "adapted")
         return Agents(adapted, {}, agents.num_updates + 1)
@@ -140,21 +147,22 @@ class MamlTrpo:
         state: State,
         trace: Sequence[Agents],
         batches: Sequence[Trajectory],
-        reduce: Reduce = sum_in_order,
+        reduce: Reduce = ALONE,
     ) -> tuple[State, Metrics]:
         """One TRPO step on η."""
         c = self.config
-        blocks = self.blocks(batches)
+        blocks = self.blocks(batches, reduce)
         meta_params = leaves(state["meta_params"])
         start = flatten(detach(meta_params)).double()
         device = start.device
         graphs = map_blocks(lambda block: Linearised.at(self, meta_params, block), blocks, device)
-        gradient = reduce(map_blocks(lambda graph: graph.gradient(meta_params), graphs, device))
-        start_loss = float(reduce([graph.loss.detach() for graph in graphs]))
+        gradient = reduce.sum(map_blocks(lambda graph: graph.gradient(meta_params), graphs, device))
+        start_loss = float(reduce.sum([graph.loss.detach() for graph in graphs]))
+        inner = reduce.sum([graph.inner_metrics for graph in graphs])
 
         def product(vector: Tensor) -> Tensor:
             direction = unflatten(vector, meta_params)
-            return reduce(
+            return reduce.sum(
                 map_blocks(
                     lambda graph: graph.fisher_product(meta_params, direction), graphs, device
                 )
@@ -165,11 +173,8 @@ class MamlTrpo:
         vector, metrics = trust_region.step(start, start_loss, gradient, product, evaluate, c)
         new = detach(unflatten(vector, meta_params))
         check_params(new, "meta_params")
-        inner = {
-            f"inner/{name}": sum(graph.inner_metrics[name] for graph in graphs)
-            for name in graphs[0].inner_metrics
-        }
-        return {"meta_params": new}, inner | metrics
+        shown = dict(zip(INNER_METRICS, inner.tolist(), strict=True))
+        return {"meta_params": new}, shown | metrics
 
     # --- Parts ---
 
@@ -187,8 +192,8 @@ class MamlTrpo:
         """The configured inner loss, [M]."""
         return inner_loss(params, batch, self.config.inner_loss, self.policy)
 
-    def blocks(self, batches: Sequence[Trajectory]) -> list[Block]:
-        """The window's data, cut into blocks of members."""
+    def blocks(self, batches: Sequence[Trajectory], reduce: Reduce = ALONE) -> list[Block]:
+        """The window's data, cut into blocks of members: those that are this learner's."""
         c = self.config
         score = mean_episode_return(batches[-1])
         centred = (score - score.nanmean()).nan_to_num()
@@ -199,7 +204,8 @@ class MamlTrpo:
             data = [advantages(b.members(*bounds), c.gamma, c.gae_lambda) for b in batches]
             return Block(data[:-1], data[-1], credit[slice(*bounds)], 1 / total)
 
-        return map_blocks(block, block_bounds(total, c.members_per_block), score.device)
+        own = reduce.own(block_bounds(total, c.members_per_block))
+        return map_blocks(block, own, score.device)
 
     def adapt(self, meta_params: Params, block: Block, *, create_graph: bool) -> list[Params]:
         """θ_0 … θ_K of a block's members as functions of η."""
@@ -252,7 +258,7 @@ class MamlTrpo:
                 list(zip(blocks, old, strict=True)),
                 vector.device,
             )
-            loss, kl = reduce(pairs).tolist()
+            loss, kl = reduce.sum(pairs).tolist()
             return loss, kl
 
         return evaluate
@@ -264,7 +270,7 @@ class Linearised:
 
     loss: Tensor  # [], the block's share of the outer loss
     curvature: Curvature  # of π_θK at the query observations, by η
-    inner_metrics: Metrics
+    inner_metrics: Tensor  # by `INNER_METRICS`
 
     @staticmethod
     def at(learner: MamlTrpo, meta_params: Params, block: Block) -> Linearised:
@@ -291,16 +297,19 @@ class Linearised:
 
 def inner_metrics(
     learner: MamlTrpo, trace: list[Params], adapted: Distribution, block: Block
-) -> Metrics:
-    """A block's share of the means over members: loss, size of the update, KL from θ_0 to θ_K."""
+) -> Tensor:
+    """A block's share of the means over members, by `INNER_METRICS`, float64.
+
+    The KL is that from θ_0 to θ_K.
+    """
     with torch.no_grad():
         batch = block.query
         before = learner.policy.distribution(trace[0], batch.obs)
         kl = before.kl(adapted).view_as(batch.valid)  # type: ignore[arg-type]
         squares = [(trace[1][n] - trace[0][n]).flatten(1).square().sum(1) for n in sorted(trace[0])]
-        means = {
-            "loss": learner.inner_loss(trace[0], block.support[0]),
-            "step_norm": torch.stack(squares).sum(0).sqrt(),
-            "kl": masked_mean(kl, batch.valid),
-        }
-        return {name: float(value.sum()) * block.share for name, value in means.items()}
+        values = (
+            learner.inner_loss(trace[0], block.support[0]),
+            torch.stack(squares).sum(0).sqrt(),
+            masked_mean(kl, batch.valid),
+        )
+        return torch.stack([value.sum().double() for value in values]) * block.share

@@ -33,12 +33,12 @@ from learners.core.actor_critic import (
     take,
     values,
 )
-from learners.core.contract import Agents, State, check_params
+from learners.core.contract import State
 from learners.core.optim import Adam, clip_by_norm
 from learners.core.params import flatten_members, leaves, one_member, unflatten_members
 from learners.core.replicas import Replicas
 from learners.core.returns import stream_gae
-from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
+from learners.core.trajectory import Params, Trajectory
 
 OPTIMIZER = Adam(eps=1e-5)
 
@@ -71,15 +71,9 @@ class Ppo(Replicas):
         }
         return state | self.first_statistics(len(seeds))
 
-    def meta_update(
-        self,
-        state: State,
-        trace: Sequence[Agents],
-        batches: Sequence[Trajectory],
-        reduce: Reduce = sum_in_order,
-    ) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Trajectory) -> tuple[State, Params]:
         """All epochs of every replica on its own rollout."""
-        c, (batch,) = self.config, batches
+        c = self.config
         params, statistics, counters = state["params"], self.statistics(state), state["counters"]
         data = rollout(batch, statistics)
         now, following = values(
@@ -99,7 +93,7 @@ class Ppo(Replicas):
         theta = {"flat": flatten_members(params)}
         slots, count = state["optimizer"], counters["num_updates"]
         lr = decayed(c.lr, int(count[0]), c.lr_decay_updates)
-        totals: Metrics = {}
+        totals: Params = {}
         shuffled = minibatches(
             counters["seed"], count, data.obs.shape[1], c.num_epochs, c.num_minibatches
         )
@@ -111,11 +105,10 @@ class Ppo(Replicas):
             with torch.no_grad():
                 theta, slots = OPTIMIZER.update(theta, grads, slots, lr)
             for name, value in (parts | {"meta/grad_norm": norm}).items():
-                totals[name] = totals.get(name, 0.0) + value.detach().mean()  # type: ignore[assignment]
+                totals[name] = totals.get(name, 0.0) + value.detach()
         new = unflatten_members(theta["flat"], like)
-        check_params(new, "params")
         after = self.updated(state, batch, {"params": new, "optimizer": slots})
-        return after, {name: float(total) / len(shuffled) for name, total in totals.items()}
+        return after, {name: total / len(shuffled) for name, total in totals.items()}
 
     def loss(self, params: Params, batch: Minibatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each replica on its minibatch [M], with gradient to `params`, and its parts."""

@@ -56,9 +56,10 @@ from learners.core.params import (
     unflatten,
 )
 from learners.core.policy import Distribution, detached
+from learners.core.reduce import ALONE, Reduce, sum_in_order
 from learners.core.replicas import Online
 from learners.core.returns import gae
-from learners.core.trajectory import Metrics, Params, Reduce, Spec, Trajectory, sum_in_order
+from learners.core.trajectory import Metrics, Params, Spec, Trajectory
 from learners.core.trust_region import Curvature
 
 OPTIMIZER = Adam(eps=1e-5)
@@ -144,9 +145,9 @@ class Rl2(Online):
         state: State,
         trace: Sequence[Agents],
         batches: Sequence[Trajectory],
-        reduce: Reduce = sum_in_order,
+        reduce: Reduce = ALONE,
     ) -> tuple[State, Metrics]:
-        """All epochs on the batch of trials."""
+        """All epochs on the batch of trials; they are shuffled whole, so only by one learner."""
         c, (batch,) = self.config, batches
         trials, moments, explained = self.prepared(state, batch)
         params, slots, count = state["params"], state["optimizer"], state["counters"]["num_updates"]
@@ -162,7 +163,7 @@ class Rl2(Online):
         natural: Metrics = {}
         names = list(params)
         if c.outer == "trpo":
-            params, natural = self.natural_step(params, trials, entropy_coef, reduce)
+            params, natural = self.natural_step(params, trials, entropy_coef)
             names = [name for name in names if name.startswith(VALUE)]
         totals: dict[str, Tensor] = {}
         for (rows,) in order.to(trials.valid.device):
@@ -281,7 +282,7 @@ class Rl2(Online):
         return loss, parts
 
     def natural_step(
-        self, params: Params, trials: Trials, entropy_coef: float, reduce: Reduce
+        self, params: Params, trials: Trials, entropy_coef: float
     ) -> tuple[Params, Metrics]:
         """The policy after a step of TRPO on all trials; its curvature is that of some of them."""
         c, num_trials = self.config, trials.valid.shape[1]
@@ -305,7 +306,7 @@ class Rl2(Online):
             slopes.append(flatten(gradients(share * loss, leaf)).double())
             losses.append(share * loss.detach())
             before.append(detached(dist))
-        gradient = reduce(slopes)
+        gradient = sum_in_order(slopes)
         weight = trials.valid[:, rows[0]]
         # The library's second derivative of a GRU is written in steps; its fast one has none.
         with torch.backends.cudnn.flags(enabled=False):
@@ -313,7 +314,7 @@ class Rl2(Online):
             curvature = Curvature.at(dist, leaf, weight / weight.sum())
 
         def product(vector: Tensor) -> Tensor:
-            return reduce([curvature.product(leaf, unflatten(vector, leaf))])
+            return curvature.product(leaf, unflatten(vector, leaf))
 
         def evaluate(vector: Tensor) -> tuple[float, float]:
             with torch.no_grad():
@@ -326,7 +327,7 @@ class Rl2(Online):
             return loss, kl
 
         vector, metrics = trust_region.step(
-            start, float(reduce(losses)), gradient, product, evaluate, c
+            start, float(sum_in_order(losses)), gradient, product, evaluate, c
         )
         new = prefixed(detach(unflatten(vector, leaf)), POLICY)
         return params | new, metrics

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from learners.config import TdLambdaConfig
 from learners.core.actor_critic import VALUE, rollout, stack
-from learners.core.contract import Agents, State, check_params
+from learners.core.contract import State
 from learners.core.errors import ConfigError
-from learners.core.replicas import Replicas, value_errors
-from learners.core.trajectory import Metrics, Params, Reduce, Trajectory, sum_in_order
+from learners.core.replicas import Replicas, each, value_errors
+from learners.core.trajectory import Params, Trajectory
 
 WEIGHT, BIAS = VALUE + "layer0.weight", VALUE + "layer0.bias"
 
@@ -49,20 +49,12 @@ class TdLambda(Replicas):
             "counters": self.counters(seeds),
         }
 
-    def meta_update(
-        self,
-        state: State,
-        trace: Sequence[Agents],
-        batches: Sequence[Trajectory],
-        reduce: Reduce = sum_in_order,
-    ) -> tuple[State, Metrics]:
+    def update(self, state: State, batch: Trajectory) -> tuple[State, Params]:
         """All steps of a chunk, one after the other."""
-        (batch,) = batches
         weight, traces, errors = self.steps(state, batch)
-        check_params({"weight": weight}, "params")
         entries = {WEIGHT: weight[:, :-1].unsqueeze(-1), BIAS: weight[:, -1:]}
         groups = {"params": state["params"] | entries, "traces": {"e": traces}}
-        metrics = {"meta/td_error": float(errors.square().mean())}
+        metrics = each({"meta/td_error": errors.square()})
         value = self.networks.value(state["params"], rollout(batch, {}).obs).view_as(batch.reward)
         return self.updated(state, batch, groups), metrics | value_errors(value, batch)
 

@@ -67,7 +67,7 @@ class RolloutError(RuntimeError):
 
 
 class LearnerDied(RuntimeError):
-    """The learner's process ended."""
+    """The process of the learner, or of one of several, ended."""
 
 
 def describe(request: Request, error: BaseException, where: str = "this process") -> str:

@@ -26,13 +26,15 @@ def check_machine(runtime: RuntimeConfig) -> None:
     Raises:
         ConfigError: memory or CPUs are missing; the message says how much and what to do.
     """
-    needed = runtime.object_store_mb + PROCESS_MB * (runtime.num_actors + 2)
+    several = f" and {runtime.num_learners} learners" if runtime.num_learners > 1 else ""
+    processes = runtime.num_actors + runtime.num_learners + 1
+    needed = runtime.object_store_mb + PROCESS_MB * processes
     free = psutil.virtual_memory().available // 2**20
     if free < needed:
         raise ConfigError(
-            f"memory: a local Ray cluster with {runtime.num_actors} actors needs about "
-            f"{needed} MB and {free} MB are free. Use fewer --num-actors, a smaller "
-            f"--object-store-mb, or --backend serial."
+            f"memory: a local Ray cluster with {runtime.num_actors} actors{several} needs about "
+            f"{needed} MB and {free} MB are free. Use fewer --num-actors or --num-learners, a "
+            f"smaller --object-store-mb, or --backend serial."
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if cores and runtime.num_actors > cores:
@@ -137,24 +139,27 @@ def require_closed_cluster() -> None:
 
 
 def check_size(runtime: RuntimeConfig) -> None:
-    """Leaves a cluster that has no CPU for each actor, unless its autoscaler is waited for.
+    """Leaves a cluster too small for the run, unless its autoscaler is waited for.
 
     Raises:
-        ConfigError: CPUs are missing.
+        ConfigError: CPUs for the actors, or GPUs for learners that are to have them, are missing.
     """
-    cpus = resources().get("CPU", 0)
-    if cpus >= runtime.num_actors:
-        return
+    cpus, gpus = resources().get("CPU", 0), resources().get("GPU", 0)
     place = f"the cluster at {runtime.address}" if runtime.address else "the local cluster"
-    found = f"{place} has {cpus:g} CPUs and {runtime.num_actors} actors need one each"
+    if cpus < runtime.num_actors:
+        found = f"CPU: {place} has {cpus:g} CPUs and {runtime.num_actors} actors need one each"
+        advice = f"--num-actors {max(int(cpus), 1)}"
+    elif gpus < (needed := runtime.num_gpus(gpus)):
+        found = f"GPU: {place} has {gpus:g} GPUs and --num-learners {needed} needs {needed}"
+        fewer = f"--num-learners {int(gpus)} or " if gpus >= 1 else ""
+        advice = f"{fewer}--device cpu"
+    else:
+        return
     if runtime.address is not None and runtime.wait_for_nodes:
-        access.warn("CPU: %s; waiting %g s for more nodes", found, runtime.timeout_s)
+        access.warn("%s; waiting %g s for more nodes", found, runtime.timeout_s)
         return
     ray.shutdown()
-    raise ConfigError(
-        f"CPU: {found}. Use --num-actors {max(int(cpus), 1)}, add nodes, or with an autoscaler "
-        "--wait-for-nodes."
-    )
+    raise ConfigError(f"{found}. Use {advice}, add nodes, or with an autoscaler --wait-for-nodes.")
 
 
 def resources() -> dict[str, float]:

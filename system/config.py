@@ -39,8 +39,11 @@ class RuntimeConfig:
     """Wait for an autoscaler to bring the CPUs that the cluster lacks, instead of giving up."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner computes."""
+    num_learners: int = 1
+    """Learners of training, which share blocks of members out: processes, each with a GPU where
+    there are some. An evaluation has one."""
     learner_threads: int = 2
-    """CPU threads of the learner."""
+    """CPU threads of each learner."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints; there is one at the end and on Ctrl-C as well."""
     keep_checkpoints: int = 3
@@ -55,13 +58,23 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         """Refuses values that no run could use."""
-        for name in ("num_actors", "learner_threads", "keep_checkpoints", "timeout_s"):
+        positive = ("num_actors", "num_learners", "learner_threads", "keep_checkpoints")
+        for name in (*positive, "timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.num_learners > 1 and self.backend == "serial":
+            raise ConfigError(
+                f"num_learners {self.num_learners} needs --backend ray: one process has one learner"
+            )
         if self.object_store_mb < 100:
             raise ConfigError(f"object_store_mb must be at least 100, not {self.object_store_mb}")
         if self.actor_memory_mb < 0:
             raise ConfigError(f"actor_memory_mb must not be negative, not {self.actor_memory_mb}")
+
+    def num_gpus(self, available: float) -> int:
+        """GPUs that the learners need, of a cluster that has so many: one each, or none."""
+        wanted = self.device == "cuda" or (self.device == "auto" and available >= 1)
+        return self.num_learners if wanted else 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,12 @@ class RunConfig:
             self.check_lag()
         if isinstance(self.learner, Rl2Config):
             self.check_trials(self.learner.num_minibatches)
+            if self.runtime.num_learners > 1:
+                raise ConfigError(
+                    f"num_learners {self.runtime.num_learners}: rl2 shuffles the trials of all "
+                    "members into the minibatches of one recurrent network, one after the other; "
+                    "there are no blocks of members to share out, so num_learners must be 1"
+                )
             return
         steps, parts = rollout_size(self.learner, self.num_envs)
         if steps % parts:

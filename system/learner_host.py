@@ -17,7 +17,8 @@ from learners.core.contract import Agents, Describes, State, check_finite
 from learners.core.errors import ConfigError, NonFiniteError
 from learners.core.params import flatten_members
 from learners.core.population import Population
-from learners.core.trajectory import ENV_AXIS, Metrics, Params, Spec, Trajectory, sum_in_order
+from learners.core.reduce import ALONE, Reduce
+from learners.core.trajectory import ENV_AXIS, Metrics, Params, Spec, Trajectory
 from learners.registry import make_learner
 from system.parameter_server import Blocks
 
@@ -113,7 +114,8 @@ def join(chunks: Sequence[Chunk]) -> Trajectory:
 class LearnerHost:
     """Runs a learner's functions on chunks and publishes who acts next.
 
-    Every method leaves the state either as it was or after a complete update.
+    Every method leaves the state either as it was or after a complete update. Where several
+    learners share the work out, each has a host, and all hosts get the same calls; one publishes.
     """
 
     def __init__(
@@ -135,7 +137,8 @@ class LearnerHost:
         self.last_query: Trajectory | None = None
         self.num_members = 0
         self.member_ranges: list[tuple[int, int]] = []
-        self.publish: Publish = lambda version, blocks: None
+        self.reduce: Reduce = ALONE
+        self.publish: Publish | None = None
         self.store: Callable[[np.ndarray], Any] = lambda array: array
 
     # --- The window ---
@@ -171,7 +174,7 @@ class LearnerHost:
             check_finite(batch)
             batch = batch.to(self.device)
             agents = self.learner.inner_update(
-                self.state, self.trace[-1], batch, evaluating=evaluating
+                self.state, self.trace[-1], batch, self.reduce, evaluating=evaluating
             )
         except NonFiniteError as error:
             return Outcome(failure=failure(error, batch))
@@ -189,7 +192,7 @@ class LearnerHost:
         try:
             check_finite(batch)
             batches = [*self.batches, batch.to(self.device)]
-            state, metrics = self.learner.meta_update(self.state, self.trace, batches, sum_in_order)
+            state, metrics = self.learner.meta_update(self.state, self.trace, batches, self.reduce)
         except NonFiniteError as error:
             return Outcome(failure=failure(error, batch))
         self.state, self.batches = state, []
@@ -209,6 +212,8 @@ class LearnerHost:
         """Publishes the members' parameters as flat arrays, one per range of members or for all."""
         self.trace.append(agents)
         self.version += 1
+        if self.publish is None:
+            return self.version
         blocks: Blocks = {}
         for ranges, flat in self.flat(agents.params):
             stored = self.store(np.ascontiguousarray(flat))

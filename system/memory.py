@@ -18,14 +18,17 @@ MATRIX_COPIES = 3
 
 
 def replica_bytes(config: RunConfig, spec: Spec) -> int:
-    """Memory that one replica's rollout takes in the learner, roughly."""
+    """Memory that one replica's rollout takes in the learner, or in all of them, roughly.
+
+    Every learner holds every replica's data, and works on some of them.
+    """
     steps, _ = rollout_size(config.learner, config.num_envs)
     pixel = 1 if spec.image is not None else 4
     numbers = 2 * spec.obs_size * pixel + 4 * (spec.action_size + 12)
     copies = COPIES
     if isinstance(config.learner, FrodoConfig):
         copies += config.learner.num_inner_updates + config.learner.num_outcome_batches - 1
-    needed = copies * steps * numbers
+    needed = copies * steps * numbers * config.runtime.num_learners
     if isinstance(config.learner, LirpgConfig):
         needed += MATRIX_COPIES * 4 * steps**2
     return needed

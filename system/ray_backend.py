@@ -29,12 +29,15 @@ from ray.exceptions import (
 
 from actors.family import TaskFamily
 from actors.rollout import Carry, Chunk, Receipt, Request, RolloutWorker
+from learners.core.errors import LearnersParted
 from learners.core.policy import Policy
 from learners.core.population import Population
+from learners.core.together import find_store, join, open_store
 from system.ahead import DEPTH
 from system.backend import AGENTS, Arrival, LearnerDied, RolloutError, describe
 from system.cluster import resources, start_ray
 from system.config import RunConfig
+from system.learner_group import LearnerGroup, speak_on
 from system.learner_host import LearnerHost
 from system.parameter_server import ParameterServer, Published
 
@@ -127,6 +130,7 @@ class LearnerActor:
         self.server = server
         self.timeout_s = runtime.timeout_s
         self.last: deque[Published] = deque(maxlen=versions_in_use(config.max_lag))
+        self.store: Any = None  # where several learners find one another
         self.host = LearnerHost(
             config.learner, family.spec, seeds, runtime.device, runtime.learner_threads
         )
@@ -147,6 +151,19 @@ class LearnerActor:
         """Waits until the parameter server knows a version."""
         known = self.server.publish.remote(AGENTS, published.version, published.blocks)
         ray.get(known, timeout=self.timeout_s)
+
+    def meet(self, address: str) -> int:
+        """Opens a store at which several learners find one another; returns its port."""
+        self.store = open_store(address, self.timeout_s)
+        return int(self.store.port)
+
+    def join(self, store: tuple[str, int], address: str, rank: int, size: int) -> None:
+        """Makes this learner, which is at `address`, one of several; the first one publishes."""
+        speak_on(address)
+        if rank > 0:
+            self.host.publish = None
+            self.store = find_store(*store, self.timeout_s)
+        self.host.reduce = join(self.store, rank, size, self.host.device, self.timeout_s)
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls the host."""
@@ -170,7 +187,7 @@ def versions_in_use(max_lag: int) -> int:
 def advise_on_threads(config: RunConfig) -> None:
     """Says once where a learner that works beside its actors has more threads than cores."""
     runtime, cores = config.runtime, os.cpu_count() or 1
-    crowded = runtime.num_actors + runtime.learner_threads > cores + 1
+    crowded = runtime.num_actors + runtime.num_learners * runtime.learner_threads > cores + 1
     if config.max_lag > 0 and runtime.address is None and runtime.learner_threads > 1 and crowded:
         log().warning(
             "with --max-lag the learner works beside %d actors on %d CPU cores: "
@@ -180,14 +197,12 @@ def advise_on_threads(config: RunConfig) -> None:
         )
 
 
-def describe_places(learner: Place, device: str, actors: Sequence[Place]) -> str:
+def describe_places(learners: Sequence[Place], device: str, actors: Sequence[Place]) -> str:
     """Which node does what, in one line."""
+    where = ", ".join(f"{place.address} ({place.node[:6]}, {device})" for place in learners)
     counts = Counter((place.address, place.node[:6]) for place in actors)
     spread = ", ".join(f"{count} on {ip} ({node})" for (ip, node), count in sorted(counts.items()))
-    return (
-        f"nodes        learner on {learner.address} ({learner.node[:6]}, {device}); "
-        f"actors on {len(counts)} nodes: {spread}"
-    )
+    return f"nodes        learner on {where}; actors on {len(counts)} nodes: {spread}"
 
 
 # --- The backend ---
@@ -260,20 +275,18 @@ class RayBackend:
         options = {"name": server, "num_cpus": 0, "max_restarts": -1, "max_task_retries": 3}
         keep_versions = versions_in_use(config.max_lag)
         self.server = ray.remote(ParameterServer).options(**options).remote(keep_versions)
-        gpus = 1 if self.wants_gpu() else 0
-        placed = LearnerActor.options(num_cpus=0, num_gpus=gpus, **LEARNER_PLACE)  # type: ignore[attr-defined]
-        self.learner_actor = placed.remote(config, family, seeds, self.server)
-        self.learner_place, policy, self.device = self.get(self.learner_actor.info.remote())
-        self.learner_pid = self.learner_place.pid
+        self.learners = self.start_learners(family, seeds)
+        _, policy, self.device = self.learners.infos[0]
         spread = RolloutActor.options(num_cpus=1, max_restarts=-1, scheduling_strategy="SPREAD")  # type: ignore[attr-defined]
         self.new_actor: Callable[[], Any] = lambda: spread.remote(
             family, policy, server, self.timeout_s
         )
         actors = [self.new_actor() for _ in range(config.runtime.num_actors)]
-        places = self.get([actor.where.remote() for actor in actors])
+        asked = [actor.where.remote() for actor in actors]
+        places = [self.first_place(*pair) for pair in zip(actors, asked, strict=True)]
         self.lanes = [Lane(actor, place) for actor, place in zip(actors, places, strict=True)]
         if config.runtime.address is not None:
-            print(describe_places(self.learner_place, self.device, places), file=sys.stderr)
+            print(describe_places(self.learners.places, self.device, places), file=sys.stderr)
         self.waiting: deque[tuple[Request, Held | Carry | None]] = deque()
         self.running: dict[Any, Flight] = {}
         self.calls: dict[Any, tuple[Any, ...]] = {}
@@ -282,22 +295,57 @@ class RayBackend:
 
     @property
     def pids(self) -> list[int]:
-        """Driver, learner and actors of the driver's node, as far as they last answered."""
+        """Driver, learners and actors of the driver's node, as far as they last answered."""
         here = ray.get_runtime_context().get_node_id()
-        learner = [self.learner_pid] if self.learner_place.node == here else []
+        learners = [place.pid for place in self.learners.places if place.node == here]
         actors = [lane.pid for lane in self.lanes if lane.place.node == here]
-        return [os.getpid(), *learner, *actors]
+        return [os.getpid(), *learners, *actors]
 
-    def wants_gpu(self) -> bool:
-        """Whether the learner asks Ray for a GPU."""
-        device = self.config.runtime.device
-        available = resources().get("GPU", 0) >= 1
-        return device == "cuda" or (device == "auto" and available)
+    def start_learners(self, family: TaskFamily, seeds: Sequence[int]) -> LearnerGroup:
+        """The learners in processes of their own, each with a GPU if they have some."""
+        config, runtime = self.config, self.config.runtime
+        num_gpus = runtime.num_gpus(resources().get("GPU", 0))
+        if runtime.num_learners > 1:
+            # A card that Ray does not know of would be taken by all of them.
+            runtime = replace(runtime, device="cuda" if num_gpus else "cpu")
+            config = replace(config, runtime=runtime)
+        gpus = 1 if num_gpus else 0
+        placed = LearnerActor.options(num_cpus=0, num_gpus=gpus, **LEARNER_PLACE)  # type: ignore[attr-defined]
+        actors = [
+            placed.remote(config, family, seeds, self.server) for _ in range(runtime.num_learners)
+        ]
+        try:
+            group: LearnerGroup = self.in_time(lambda: LearnerGroup(actors, self.timeout_s))
+        except RayActorError as error:
+            raise LearnerDied(f"a learner's process ended before it began: {error}.") from error
+        return group
+
+    def first_place(self, actor: Any, asked: Any) -> Place:
+        """Where an actor is, once it is anywhere: its first node may die as it starts.
+
+        Raises:
+            TimeoutError: it does not answer.
+            RayActorError: it has died again and again for as long as a wait may take.
+        """
+        until = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                place: Place = self.get(asked)
+                return place
+            except RayActorError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+                asked = actor.where.remote()
 
     def get(self, reference: Any) -> Any:
         """`ray.get` that never waits for ever."""
+        return self.in_time(lambda: ray.get(reference, timeout=self.timeout_s))
+
+    def in_time(self, wait: Callable[[], Any]) -> Any:
+        """What a limited wait brings; says how to wait longer where it ends in vain."""
         try:
-            return ray.get(reference, timeout=self.timeout_s)
+            return wait()
         except GetTimeoutError:
             raise TimeoutError(
                 f"no answer within {self.timeout_s:g} s; --timeout-s allows for more"
@@ -310,12 +358,19 @@ class RayBackend:
     def from_learner(self, reference: Any, method: str) -> Any:
         """`get` of an answer of the learner."""
         try:
-            return self.get(reference)
-        except RayActorError as error:
-            raise LearnerDied(
-                f"the learner's process ended in {method}: {error}. The same command goes on from "
-                f"the newest checkpoint."
-            ) from error
+            return self.in_time(lambda: self.learners.finish(reference))
+        except (RayActorError, LearnersParted) as error:
+            raise self.learner_died(error, method) from error
+
+    def learner_died(self, error: Exception, method: str) -> LearnerDied:
+        """What is raised where a learner is lost; those that are left are ended."""
+        self.learners.end()
+        number = len(self.learners.actors)
+        whose = "the learner's" if number == 1 else f"one of {number} learners'"
+        return LearnerDied(
+            f"{whose} process ended in {method}: {getattr(error, 'cause', None) or error}. "
+            f"The same command goes on from the newest checkpoint."
+        )
 
     def collect(
         self, requests: Sequence[Request], carries: Sequence[Any] | None = None
@@ -449,7 +504,7 @@ class RayBackend:
         except RayTaskError as error:
             if isinstance(error.cause, UnknownVersion | ObjectLostError):
                 # Parameters are lost with the server's memory, or with the learner that owns them.
-                self.from_learner(self.learner_actor.publish_again.remote(), "publish_again")
+                self.from_learner(self.learners.publish_again(), "publish_again")
                 return None
             raise RolloutError(
                 describe(request, error.cause, f"actor process {lane.pid}")
@@ -534,20 +589,23 @@ class RayBackend:
     def start(self, method: str, *args: Any) -> Any:
         """Calls the host without waiting; `finish` brings the answer."""
         given = [arg.reference if isinstance(arg, Collected) else arg for arg in args]
-        reference = self.learner_actor.call.remote(method, *given)
+        reference = self.learners.start(method, *given)
         self.calls[reference] = args
         return reference
 
     def finish(self, reference: Any, method: str) -> Any:
         """The answer to `start`. Chunks that were lost with their node are collected again.
 
-        The learner has then not begun: it needs all of its arguments.
+        The learner has then not begun: it needs all of its arguments. Of several learners some may
+        have: they are given up.
         """
         args = self.calls.pop(reference)
         for _ in range(MAX_LOSSES):
             try:
                 return self.from_learner(reference, method)
-            except ObjectLostError:
+            except ObjectLostError as error:
+                if len(self.learners.actors) > 1:
+                    raise self.learner_died(error, method) from error
                 args = self.complete(args)
                 reference = self.start(method, *args)
                 self.calls.pop(reference)
@@ -572,7 +630,7 @@ class RayBackend:
 
     def finished(self, reference: Any) -> bool:
         """Whether the answer to `start` is there."""
-        return bool(ray.wait([reference], timeout=0)[0])
+        return self.learners.finished(reference)
 
     def fetch(self, handles: Sequence[Any]) -> list[Any]:
         """Where streams stand."""

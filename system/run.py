@@ -29,6 +29,7 @@ from system.memory import check_replicas
 from system.progress import Progress
 from system.seeds import Stream, make_seeds
 from system.serial_backend import SerialBackend
+from system.shares import check_shares
 from system.telemetry import Telemetry
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -116,7 +117,9 @@ def train(
     # The learner of a cluster that is joined has memory and a device of its own.
     elsewhere = config.runtime.backend == "ray" and config.runtime.address is not None
     available = sys.maxsize if elsewhere else None
-    check_replicas(config, load_family(config.task, config.task_options).spec, available)
+    spec = load_family(config.task, config.task_options).spec
+    check_shares(config, spec)
+    check_replicas(config, spec, available)
     device = config.runtime.device if elsewhere else str(choose_device(config.runtime.device))
     with run_folder.opened(folder, config, device):
         return train_in(folder, config, after_save)
@@ -326,7 +329,7 @@ def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """
     config = run_folder.read_config(folder)
     eval_tasks = changes.pop("eval_tasks", None) or config.eval_tasks
-    runtime = replace(config.runtime, **changes)
+    runtime = replace(config.runtime, num_learners=1, **changes)
     config = replace(config, eval_tasks=eval_tasks, runtime=runtime)
     restored = run_folder.restore(folder)
     if restored is None:

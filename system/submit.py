@@ -327,7 +327,7 @@ def check_resources(cluster: Cluster, config: RunConfig) -> bool:
     """Whether the job has to wait for nodes that an autoscaler may bring.
 
     Raises:
-        ConfigError: CPUs or a GPU are missing and nobody brings them.
+        ConfigError: CPUs or GPUs are missing and nobody brings them.
     """
     runtime = config.runtime
     has = f"{cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs on {cluster.num_nodes} nodes"
@@ -338,8 +338,12 @@ def check_resources(cluster: Cluster, config: RunConfig) -> bool:
             f"{runtime.num_actors} actors need a CPU each "
             f"(--num-actors {max(int(cluster.cpus), 1)} would fit)"
         )
-    if runtime.device == "cuda" and cluster.gpus < 1:
-        missing.append("--device cuda needs a GPU (--device auto takes one where there is one)")
+    if cluster.gpus < (num_gpus := runtime.num_gpus(cluster.gpus)):
+        missing.append(
+            f"{num_gpus} learners need a GPU each (--device cpu would fit)"
+            if num_gpus > 1
+            else "--device cuda needs a GPU (--device auto takes one where there is one)"
+        )
     if not missing:
         return False
     if cluster.autoscales or runtime.wait_for_nodes:

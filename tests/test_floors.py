@@ -26,6 +26,7 @@ OUTSIDE = {
 
 MAY_IMPORT_RAY = {
     "system/cluster.py",
+    "system/learner_group.py",
     "system/parameter_server.py",
     "system/ray_backend.py",
     "system/submit.py",

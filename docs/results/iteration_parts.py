@@ -22,7 +22,8 @@ from actors.tasks import load_family
 from learners.core.blocks import map_blocks
 from learners.core.contract import Agents
 from learners.core.params import detach, flatten, leaves
-from learners.core.trajectory import Trajectory, sum_in_order
+from learners.core.reduce import ALONE
+from learners.core.trajectory import Trajectory
 from learners.maml import Linearised, MamlTrpo
 from system.config import RunConfig
 from system.learner_host import join
@@ -91,7 +92,7 @@ def main() -> None:
     graphs = [Linearised.at(learner, meta_params, block) for block in blocks]
     start = flatten(detach(meta_params)).double()
     direction = detach(meta_params)
-    search = learner.evaluation(meta_params, blocks, [graph.dist for graph in graphs], sum_in_order)
+    search = learner.evaluation(meta_params, blocks, [graph.dist for graph in graphs], ALONE)
     parts: dict[str, Callable[[], object]] = {
         "inner update": lambda: learner.inner_update(state, first, batches[0]),
         "baseline and advantages, both batches": lambda: learner.blocks(batches),

@@ -46,6 +46,9 @@ class ActorCriticSettings:
     """Nonlinearity of the hidden layers."""
     init_std: float = 1.0
     """Standard deviation of the untrained Gaussian policy, in units of the action."""
+    members_per_block: int = 0
+    """Replicas computed together, 0 for all at once. Blocks run side by side on the learner's
+    threads, and are what several learners share out."""
     value_gain: float = 1.0
     """Size of the untrained value: scale of its last layer. An agent that bootstraps follows the
     differences of the first values, whatever they are; near 0 there are none."""
@@ -60,8 +63,9 @@ class ActorCriticSettings:
         check_number("gamma", self.gamma, 0.0, 1.0)
         for name in ("value_coef", "entropy_coef", "value_gain"):
             check_number(name, getattr(self, name), 0.0, sys.float_info.max)
-        if self.lr_decay_updates != 0:
-            check_whole("lr_decay_updates", self.lr_decay_updates)
+        for name in ("lr_decay_updates", "members_per_block"):
+            if getattr(self, name) != 0:
+                check_whole(name, getattr(self, name))
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation must be one of {ACTIVATIONS}, not {self.activation!r}")
 

@@ -35,7 +35,7 @@ def map_blocks(
     devices the blocks run one after the other.
     """
     num_threads = min(torch.get_num_threads(), len(blocks))
-    if device.type != "cpu" or num_threads == 1:
+    if device.type != "cpu" or num_threads <= 1:
         return [function(block) for block in blocks]
 
     def alone(block: Item) -> Result:

@@ -11,7 +11,8 @@ from torch import Tensor
 from learners.core.errors import NonFiniteError
 from learners.core.policy import Policy
 from learners.core.population import Population
-from learners.core.trajectory import Metrics, Params, Reduce, Trajectory
+from learners.core.reduce import Reduce
+from learners.core.trajectory import Metrics, Params, Trajectory
 
 State = dict[str, Params]
 """All that a learner remembers between iterations, by group; what a checkpoint holds."""
@@ -71,9 +72,26 @@ class Learner(Protocol):
         ...
 
     def inner_update(
-        self, state: State, agents: Agents, batch: Trajectory, *, evaluating: bool = False
+        self,
+        state: State,
+        agents: Agents,
+        batch: Trajectory,
+        reduce: Reduce,
+        *,
+        evaluating: bool = False,
     ) -> Agents:
-        """The members after one update on their own data, without a graph."""
+        """The members after one update on their own data, without a graph.
+
+        Args:
+            state: the state that the window began with.
+            agents: who acted.
+            batch: their data, of all members.
+            reduce: shares blocks of members out over learners.
+            evaluating: whether nothing is learned from it.
+
+        Raises:
+            NonFiniteError: on every learner alike.
+        """
         ...
 
     def meta_update(
@@ -85,7 +103,10 @@ class Learner(Protocol):
             state: the state that the window began with.
             trace: who acted in each batch, the window's first agents first.
             batches: K support batches and the query batch.
-            reduce: adds partial sums over blocks of members and over learners.
+            reduce: shares blocks of members out over learners, and adds what they find.
+
+        Raises:
+            NonFiniteError: on every learner alike.
         """
         ...
 

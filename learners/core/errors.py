@@ -7,6 +7,10 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message says which and what is allowed."""
 
 
+class LearnersParted(RuntimeError):
+    """One of several learners ended, or did not come to where the others waited for it."""
+
+
 class NonFiniteError(ArithmeticError):
     """A tensor holds NaN or infinity.
 

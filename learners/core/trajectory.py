@@ -22,17 +22,6 @@ Params = dict[str, Tensor]
 Metrics = dict[str, float]
 """Scalars by TensorBoard tag."""
 
-Reduce = Callable[[Sequence[Tensor]], Tensor]
-"""Adds partial sums, one per block of members in block order, over all learners."""
-
-
-def sum_in_order(partials: Sequence[Tensor]) -> Tensor:
-    """`Reduce` for a single learner: adds the partial sums from first to last."""
-    total = partials[0]
-    for partial in partials[1:]:
-        total = total + partial
-    return total
-
 
 @dataclass(frozen=True)
 class World:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.learners.several import Learners
+
 settings.register_profile("learners", deadline=None, derandomize=True, max_examples=50)
 
 
@@ -14,3 +16,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=[2, 4], ids=["2_learners", "4_learners"])
+def several(request):
+    """Two learners in processes of their own, then four."""
+    learners = Learners(request.param)
+    yield learners
+    learners.close()

@@ -21,7 +21,7 @@ WORLDS = {"table": (TABLE,), "dense": (DENSE,), "conv": (PIXELS,)}
 
 
 def windows_of(learner, state, trace, batches):
-    return learner.windows(state, trace, batches, learner.blocks(4))[1]
+    return learner.windows(state, trace, batches)[1]
 
 
 def total_loss(learner, meta_params, windows):

@@ -6,7 +6,7 @@ import torch
 from learners.core.contract import Agents
 from learners.core.errors import NonFiniteError
 from learners.core.params import flatten, flatten_members, leaves
-from learners.core.trajectory import sum_in_order
+from learners.core.reduce import Alone
 from tests.learners import reference
 from tests.learners.builders import make_learner, make_state, make_window
 
@@ -138,7 +138,7 @@ def test_meta_update_lowers_the_outer_loss_inside_the_trust_region(discrete, set
     learner = make_learner(discrete, members_per_block=2, max_kl=0.02, **settings)
     state = make_state(learner)
     agents, batches = make_window(learner, state)
-    new, metrics = learner.meta_update(state, [agents], batches, sum_in_order)
+    new, metrics = learner.meta_update(state, [agents], batches)
     blocks = learner.blocks(batches)
     before = reference.objective(learner, state["meta_params"], blocks)
     after = reference.objective(learner, new["meta_params"], blocks)
@@ -258,11 +258,16 @@ def test_window_without_signal_leaves_the_state_bitwise(discrete):
 
 def test_every_sum_over_members_goes_through_reduce():
     """Doubling every reduced sum doubles loss, gradient and divergence."""
+
+    class Doubling(Alone):
+        def sum(self, parts):
+            return 2.0 * super().sum(parts)
+
     learner = make_learner(members_per_block=2)
     state = make_state(learner)
     agents, batches = make_window(learner, state)
     _, plain = learner.meta_update(state, [agents], batches)
-    _, doubled = learner.meta_update(state, [agents], batches, lambda p: 2.0 * sum_in_order(p))
+    _, doubled = learner.meta_update(state, [agents], batches, Doubling())
     for name in ("meta/loss_before", "meta/grad_norm"):
         assert doubled[name] == pytest.approx(2.0 * plain[name], rel=1e-12)
 

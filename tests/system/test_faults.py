@@ -389,7 +389,7 @@ def test_a_learner_killed_during_collection_is_named_with_what_to_do(
 
     def dead():
         try:
-            ray.get(backend.learner_actor.info.remote(), timeout=10)
+            ray.get(backend.learners.first.info.remote(), timeout=10)
         except (RayActorError, ray.exceptions.GetTimeoutError) as error:
             return isinstance(error, RayActorError)
         return False
@@ -399,7 +399,7 @@ def test_a_learner_killed_during_collection_is_named_with_what_to_do(
             wait_until(
                 lambda: len(waiting_pids(clusters.orders)) == 3, "all actors are in an episode"
             )
-            os.kill(backend.learner_pid, signal.SIGKILL)
+            os.kill(backend.learners.places[0].pid, signal.SIGKILL)
             wait_until(dead, "Ray knows that the learner is dead")
         finally:
             (clusters.orders / "wait").unlink()

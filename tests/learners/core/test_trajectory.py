@@ -11,7 +11,6 @@ from learners.core.trajectory import (
     concatenate,
     masked_mean,
     mean_episode_return,
-    sum_in_order,
 )
 from tests.learners.builders import make_learner, make_state, make_trajectory
 
@@ -83,11 +82,3 @@ def test_mean_episode_return_counts_each_ended_episode_once():
     torch.testing.assert_close(mean_episode_return(cut_off), expected)
     cut_off.truncated[2] = False
     assert mean_episode_return(cut_off).isnan().tolist() == [False, False, True, False, False]
-
-
-def test_sum_in_order_adds_from_first_to_last():
-    partials = [torch.tensor(x) for x in (1e8, 1.0, -1e8, 1.0)]
-    assert float(sum_in_order(partials)) == float(((partials[0] + 1.0) - 1e8) + 1.0)
-    before = [p.clone() for p in partials]
-    sum_in_order(partials)
-    assert all(torch.equal(a, b) for a, b in zip(partials, before, strict=True))
