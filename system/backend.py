@@ -25,10 +25,13 @@ class Arrival:
 class Backend(Protocol):
     """Runs a `LearnerHost` and rollout workers."""
 
-    actor_restarts: int
-    """Workers that died and came back, so far."""
     device: str
     """Where the learner computes."""
+
+    @property
+    def actor_restarts(self) -> int:
+        """Workers that died and came back, so far."""
+        ...
 
     @property
     def pids(self) -> list[int]:

@@ -25,9 +25,11 @@ OUTSIDE = {
 """Distributions that a floor may import; the two upper floors are free but for ray."""
 
 MAY_IMPORT_RAY = {
+    "system/actor_pool.py",
     "system/cluster.py",
     "system/learner_group.py",
     "system/parameter_server.py",
+    "system/ray_actors.py",
     "system/ray_backend.py",
     "system/submit.py",
 }

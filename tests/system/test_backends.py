@@ -47,7 +47,7 @@ def test_ray_learns_bitwise_what_the_serial_backend_learns(
     config = tiny_run(task, envs_per_slot=envs_per_slot)
     family = family_of(task, clusters)
     backend = clusters.get(config, family)
-    monkeypatch.setattr(backend, "lanes", backend.lanes[:num_actors])
+    monkeypatch.setattr(backend.pool, "lanes", backend.pool.lanes[:num_actors])
     serial = SerialBackend(config, family, [1])
     initial = serial.learner("get_state")
     assert_same_state(clusters.initial, initial)
@@ -85,8 +85,10 @@ def test_answers_stand_in_the_order_of_the_requests(clusters, tiny_run):
     arrivals = backend.collect(requests)
     assert [arrival.request for arrival in arrivals] == requests
     assert [arrival.receipt.slot_id for arrival in arrivals] == list(range(11, -1, -1))
-    assert {arrival.receipt.worker for arrival in arrivals} <= {lane.pid for lane in backend.lanes}
-    assert [lane.in_flight for lane in backend.lanes] == [[], [], []]
+    assert {arrival.receipt.worker for arrival in arrivals} <= {
+        lane.pid for lane in backend.pool.lanes
+    }
+    assert [lane.in_flight for lane in backend.pool.lanes] == [[], [], []]
 
 
 def test_the_driver_holds_references_and_no_chunks(clusters, tiny_run):

@@ -6,7 +6,6 @@ import os
 import platform
 import signal
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -57,7 +56,7 @@ def backend(clusters, config, family):
     found.learner("set_state", clusters.initial)
     yield found
     # A collection that was given up leaves requests behind; a run would have ended with it.
-    found.abandon()
+    found.pool.abandon()
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def test_an_actor_killed_in_mid_iteration_changes_nothing(
     (orders / "wait").write_text(EVERY_TASK)
 
     def kill():
-        ours = {lane.pid for lane in backend.lanes}
+        ours = {lane.pid for lane in backend.pool.lanes}
         victims = wait_until(
             lambda: len(waiting_pids(orders)) == 3 and waiting_pids(orders)[:num_killed],
             "all actors are in an episode",
@@ -119,7 +118,7 @@ def test_an_actor_killed_in_mid_iteration_changes_nothing(
         return metrics["sys/actor_restarts"] == restarts_before + num_killed
 
     wait_until(all_back, "the killed actors are back")
-    assert all(lane.back is None for lane in backend.lanes)
+    assert all(lane.back is None for lane in backend.pool.lanes)
     assert len(set(backend.pids)) == 5
     assert all(psutil.pid_exists(pid) for pid in backend.pids)
 
@@ -128,7 +127,7 @@ def test_an_actor_killed_in_mid_iteration_changes_nothing(
 def test_a_slow_actor_gets_less_to_do_and_is_named_once(
     backend, undisturbed, config, family, clusters, caplog, monkeypatch, assert_same_state
 ):
-    slow = backend.lanes[1].pid
+    slow = backend.pool.lanes[1].pid
     (clusters.orders / "slow").write_text(str(slow))
     loop, counters, done = Loop(config, family, backend), Counters(), Counter()
     note = loop.stragglers.note
@@ -143,7 +142,7 @@ def test_a_slow_actor_gets_less_to_do_and_is_named_once(
         assert metrics["perf/slowest_actor_ratio"] > 1.0
         if number == 2:
             assert_same_state(backend.learner("get_state"), undisturbed[0])
-    assert set(done) == {lane.pid for lane in backend.lanes}
+    assert set(done) == {lane.pid for lane in backend.pool.lanes}
     # Of twelve slots it takes the two that it is given at first, the others take the rest.
     assert done[slow] == min(done.values())
     assert done[slow] < sum(done.values()) / 4
@@ -157,10 +156,9 @@ def test_an_actor_whose_memory_grows_is_replaced_and_changes_nothing(
 ):
     loop = Loop(config, family, backend)
     _, counters, metrics = iterations(loop, 1)
-    restarts, pids = backend.actor_restarts, {lane.pid for lane in backend.lanes}
+    restarts, pids = backend.actor_restarts, {lane.pid for lane in backend.pool.lanes}
     limit = int(metrics["sys/actor_rss_mb_max"]) + 2 * LEAK_MB
-    runtime = replace(config.runtime, actor_memory_mb=limit)
-    monkeypatch.setattr(backend, "config", replace(config, runtime=runtime))
+    monkeypatch.setattr(backend.pool, "memory_mb", limit)
     (clusters.orders / "leak").write_text(EVERY_TASK)
     state, counters, metrics = iterations(loop, 2, counters)
     (clusters.orders / "leak").unlink()
@@ -173,16 +171,15 @@ def test_an_actor_whose_memory_grows_is_replaced_and_changes_nothing(
     assert metrics["sys/actor_restarts"] == backend.actor_restarts > restarts
     # An actor that was replaced last may not have answered yet.
     assert restarts + len(said) - 3 <= backend.actor_restarts <= restarts + len(said)
-    assert {lane.pid for lane in backend.lanes} != pids
+    assert {lane.pid for lane in backend.pool.lanes} != pids
 
 
 @on_ray
 def test_a_limit_that_a_new_actor_is_above_is_refused(
     backend, config, family, clusters, monkeypatch
 ):
-    runtime = replace(config.runtime, actor_memory_mb=1)
-    monkeypatch.setattr(backend, "config", replace(config, runtime=runtime))
-    for lane in backend.lanes:
+    monkeypatch.setattr(backend.pool, "memory_mb", 1)
+    for lane in backend.pool.lanes:
         monkeypatch.setattr(lane, "slots", set())
     with pytest.raises(RolloutError, match=r"--actor-memory-mb allows 1: its environments alone"):
         Loop(config, family, backend).iterate(Counters())
@@ -246,7 +243,7 @@ def test_an_environment_that_raises_is_reported(any_backend, config, family, clu
     if isinstance(any_backend, SerialBackend):
         assert culprit == os.getpid()
     else:
-        assert culprit in [lane.pid for lane in any_backend.lanes]
+        assert culprit in [lane.pid for lane in any_backend.pool.lanes]
         assert f"actor process {culprit}" in said
 
 
@@ -301,7 +298,7 @@ def test_nan_from_an_environment_skips_one_update(
 def test_an_environment_that_hangs_is_given_up(backend, config, family, clusters, monkeypatch):
     task = tasks_of(family, 0)[3]
     (clusters.orders / "wait").write_text(first_coordinate(task))
-    monkeypatch.setattr(backend, "timeout_s", 2.0)
+    monkeypatch.setattr(backend.pool, "timeout_s", 2.0)
     with pytest.raises(RolloutError, match="no chunk for 2 s") as caught:
         Loop(config, family, backend).iterate(Counters())
     (clusters.orders / "wait").unlink()
@@ -413,17 +410,17 @@ def test_a_learner_killed_during_collection_is_named_with_what_to_do(
             backend.learner("get_state")
 
         # An actor may find out first, as it reads parameters that died with the learner.
-        real_get, lost = backend.get, object()
+        real_get, lost = backend.pool.get, object()
 
         def get(reference):
             if reference is lost:
                 raise RayTaskError("collect", "", OwnerDiedError("00" * 28, b"", ""))
             return real_get(reference)
 
-        monkeypatch.setattr(backend, "get", get)
+        monkeypatch.setattr(backend.pool, "get", get)
         request = Request(Slot(0, (0, 1), (0, 1)), ({"goal": [0.0, 0.0]},), (1,), 1, 20)
         with pytest.raises(LearnerDied, match=said):
-            backend.receive(lost, backend.lanes[0], request)
+            backend.pool.receive(lost, backend.pool.lanes[0], request)
     finally:
         try:
             killed()

@@ -175,5 +175,5 @@ def test_an_actor_works_again_where_its_node_comes_back(
         return backend.actor_restarts == 1
 
     wait_until(back, "the actor is back", READY_SECONDS)
-    assert len({lane.place.node for lane in backend.lanes}) == 3
+    assert len({lane.place.node for lane in backend.pool.lanes}) == 3
     assert "is back as actor process" in " ".join(r.getMessage() for r in caplog.records)

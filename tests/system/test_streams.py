@@ -147,7 +147,7 @@ def test_streams_go_on_bit_for_bit_where_their_actor_is_replaced(stream_run, ass
     try:
         loop = Loop(on_ray, family, backend)
         found_counters, found = iterations(loop, 1)
-        (lane,) = backend.lanes
+        (lane,) = backend.pool.lanes
         before, lane.leaving = lane.pid, True
         found_counters, more = iterations(loop, 2, found_counters)
         assert_same_state(backend.learner("get_state"), serial.backend.learner("get_state"))
