@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PRESET ?= maml-trpo/half-cheetah-dir-quick
 
-.PHONY: train test lint types clean
+.PHONY: train test soak lint types clean
 
 # The set-up alone: a virtual environment with the locked versions of constraints.txt.
 $(VENV): pyproject.toml constraints.txt
@@ -19,6 +19,11 @@ train: $(VENV)
 
 test: $(VENV)
 	$(BIN)/python -m pytest
+
+# Fifty kills in one run without lag, and fifty in one with it: some twenty minutes.
+soak: $(VENV)
+	$(BIN)/python -m tests.system.soak --kills 50
+	$(BIN)/python -m tests.system.soak --kills 50 --asynchronous
 
 lint: $(VENV)
 	$(BIN)/ruff check .

@@ -284,8 +284,8 @@ class ActorPool:
         try:
             received: Receipt = self.get(reference)
         except RayTaskError as error:
-            if isinstance(error.cause, UnknownVersion | ObjectLostError):
-                # Parameters are lost with the server's memory, or with the learner that owns them.
+            if isinstance(error.cause, UnknownVersion | ObjectLostError | RayActorError):
+                # Parameters are lost with the server or its memory, or with who owns them.
                 self.publish_again()
                 return None
             raise RolloutError(

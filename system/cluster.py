@@ -73,6 +73,8 @@ def start_ray(runtime: RuntimeConfig) -> None:
             "from here, and that the authentication token is set"
         )
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Of a call that fails we look at one answer; Ray would print the error for each of the others.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         authenticate(runtime)
         ray.init(**options)

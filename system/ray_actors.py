@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from actors.family import TaskFamily
 from actors.rollout import Carry, Chunk, Receipt, Request, RolloutWorker
@@ -139,9 +140,23 @@ class LearnerActor:
             self.tell(published)
 
     def tell(self, published: Published) -> None:
-        """Waits until the parameter server knows a version."""
-        known = self.server.publish.remote(AGENTS, published.version, published.blocks)
-        ray.get(known, timeout=self.timeout_s)
+        """Waits until the parameter server knows a version; it may have to be started anew first.
+
+        Raises:
+            TimeoutError: it does not come back.
+        """
+        until = time.monotonic() + self.timeout_s
+        while True:
+            known = self.server.publish.remote(AGENTS, published.version, published.blocks)
+            try:
+                ray.get(known, timeout=self.timeout_s)
+                return
+            except RayActorError as error:
+                if time.monotonic() > until:
+                    raise TimeoutError(
+                        f"the parameter server does not come back for {self.timeout_s:g} s"
+                    ) from error
+                time.sleep(0.2)
 
     def meet(self, address: str) -> int:
         """Opens a store at which several learners find one another; returns its port."""

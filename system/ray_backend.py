@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.family import TaskFamily
 from actors.rollout import Request
@@ -68,7 +69,15 @@ class RayBackend:
         start_ray(config.runtime)
         advise_on_threads(config)
         server = f"parameter-server-{uuid.uuid4().hex}"
-        options = {"name": server, "num_cpus": 0, "max_restarts": -1, "max_task_retries": 3}
+        here = ray.get_runtime_context().get_node_id()
+        options = {
+            "name": server,
+            "num_cpus": 0,
+            "max_restarts": -1,
+            "max_task_retries": 3,
+            # With the driver's node the run ends anyway.
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True),
+        }
         keep_versions = versions_in_use(config.max_lag)
         self.server = ray.remote(ParameterServer).options(**options).remote(keep_versions)
         self.learners = self.start_learners(family, seeds)

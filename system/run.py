@@ -142,6 +142,8 @@ def train_in(
             if died_at[-MAX_DEATHS:] == died_at[-1:] * MAX_DEATHS:
                 raise
             logging.getLogger("metaloop").warning("%s Another one starts now.", error)
+            # Where its node died with it, another may have to come first.
+            config = replace(config, runtime=replace(config.runtime, wait_for_nodes=True))
 
 
 def train_from_newest(

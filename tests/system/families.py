@@ -132,7 +132,13 @@ class ObedientEnv(Navigation2DEnv):
 
 @dataclass(frozen=True)
 class Odometer(Navigation2D):
-    """2D navigation whose environments count all steps that they ever took, over all episodes."""
+    """2D navigation whose environments count all steps that they ever took, over all episodes.
+
+    Attributes:
+        pause_s: seconds that a step of a batch takes at least.
+    """
+
+    pause_s: float = 0.0
 
     def make(self, num_envs: int) -> OdometerEnv:
         return OdometerEnv(self, num_envs)
@@ -143,10 +149,12 @@ class OdometerEnv(Navigation2DEnv):
 
     def __init__(self, family: Odometer, num_envs: int) -> None:
         super().__init__(family, num_envs)
+        self._pause_s = family.pause_s
         self._odometer = torch.zeros(num_envs, dtype=torch.int64)
 
     def advance(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self._odometer += 1
+        time.sleep(self._pause_s)
         return super().advance(action)
 
     def episode_arrays(self) -> dict[str, Tensor]:

@@ -2,11 +2,11 @@
 
     python -m tests.system.soak [--kills 50] [--seed 0] [--asynchronous]
 
-Three `ray start` nodes on the loopback interface train a small run. At random moments, two
-iterations apart on average, one of its processes is killed by SIGKILL: which and when follows from
-the seed. A driver that died is started again by the same command, a node that died joins again.
-The run has to end; without lag with bitwise what a serial run learns, with it with every
-environment step counted once. Nothing but what was started here is killed.
+Three `ray start` nodes on the loopback interface train a small run. At random moments one of its
+processes is killed by SIGKILL: which and when follows from the seed. A driver that died is started
+again by the same command, a node that died joins again. The run has to end: without lag with
+bitwise what a serial run learns, with it with every environment step counted once. Nothing but what
+was started here is killed.
 """
 
 from __future__ import annotations
@@ -40,12 +40,19 @@ ROLES = {
 }
 KINDS = (*ROLES, "driver", "node")
 WORKER_ADDRESS = "127.0.0.14"
+ITERATIONS_PER_KILL = 5
+"""Two are waited for; others pass meanwhile."""
+
 LONGEST_S = 180.0
 """Longest time without progress."""
 
-SYNCHRONOUS = ("maml-trpo/navigation-2d", *TINY_FLAGS)
+FAMILY = ("--task", "tests.system.families:Odometer")
+PACE = {False: ("--task.pause-s", "0.01"), True: ("--task.pause-s", "0.04")}
+"""So that there is an iteration to hit, without lag and with it."""
+
+SYNCHRONOUS = ("maml-trpo/navigation-2d", *FAMILY, *TINY_FLAGS)
 ASYNCHRONOUS = (
-    *("a2c/half-cheetah", "--task", "tests.system.families:Odometer", "--max-lag", "2"),
+    *("a2c/half-cheetah", *FAMILY, "--max-lag", "2"),
     *("--num-members", "2", "--num-envs", "4", "--members-per-slot", "1", "--num-steps", "20"),
     *("--eval-every", "0", "--eval-tasks", "4", "--learner-threads", "1", "--device", "cpu"),
     *("--object-store-mb", "100", "--timeout-s", "120"),
@@ -152,7 +159,7 @@ class Soak:
             here = self.iteration()
             until(lambda here=here: self.moved(here), f"iteration {here + 1} is over")
             assert self.driver.poll() is None, f"the run was over before all kills:\n{self.said()}"
-            time.sleep(self.rng.uniform(0.0, 0.5))
+            time.sleep(self.rng.uniform(0.0, 1.0))
             begun = time.monotonic()
             try:
                 self.kill(kind)
@@ -208,8 +215,8 @@ def check_counted(folder: Path, iterations: int) -> None:
 def soak(
     folder: Path, nodes: Nodes, kinds: Sequence[str], seed: int, *, asynchronous: bool
 ) -> None:
-    """A run of two iterations for each kill, and one more; its checks."""
-    iterations = 2 * len(kinds) + 1
+    """A run of some iterations for each kill, and its checks."""
+    iterations = ITERATIONS_PER_KILL * (len(kinds) + 1)
     run = ASYNCHRONOUS if asynchronous else SYNCHRONOUS
     length = ("--iterations", iterations, "--checkpoint-minutes", "0")
     hit, serial, log = folder / "hit", folder / "serial", folder / "log"
@@ -220,7 +227,16 @@ def soak(
                 *("train", *run, *length, "--backend", "serial", "--run-dir", serial)
             )
             assert status == 0, err
-        arguments = ["train", *run, *length, "--address", nodes.gcs, "--num-actors", "3"]
+        arguments = [
+            "train",
+            *run,
+            *PACE[asynchronous],
+            *length,
+            "--address",
+            nodes.gcs,
+            "--num-actors",
+            "3",
+        ]
         arguments += ["--run-dir", hit]
         with log.open("w+") as said:
             soaked = Soak(nodes, commands, arguments, hit, random.Random(seed), said)
