@@ -54,8 +54,8 @@ SYNCHRONOUS = ("maml-trpo/navigation-2d", *FAMILY, *TINY_FLAGS)
 ASYNCHRONOUS = (
     *("a2c/half-cheetah", *FAMILY, "--max-lag", "2"),
     *("--num-members", "2", "--num-envs", "4", "--members-per-slot", "1", "--num-steps", "20"),
-    *("--eval-every", "0", "--eval-tasks", "4", "--learner-threads", "1", "--device", "cpu"),
-    *("--object-store-mb", "100", "--timeout-s", "120"),
+    *("--eval-every", "0", "--eval-tasks", "4", "--log-every", "1", "--learner-threads", "1"),
+    *("--device", "cpu", "--object-store-mb", "100", "--timeout-s", "120"),
 )
 
 
