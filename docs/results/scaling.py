@@ -34,7 +34,7 @@ MARKS = "<!-- tables: docs/results/scaling.py -->", "<!-- end of tables -->"
 
 ACTORS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 IN_FLIGHT = 2
-"""As in system/ray_backend.py: requests that an actor has at a time."""
+"""As in system/actor_pool.py: requests that an actor has at a time."""
 DEPTH = 2
 """As in system/ahead.py: chunks of a slot that are in flight or wait for the learner."""
 
