@@ -227,16 +227,8 @@ def soak(
                 *("train", *run, *length, "--backend", "serial", "--run-dir", serial)
             )
             assert status == 0, err
-        arguments = [
-            "train",
-            *run,
-            *PACE[asynchronous],
-            *length,
-            "--address",
-            nodes.gcs,
-            "--num-actors",
-            "3",
-        ]
+        where = ("--address", nodes.gcs, "--num-actors", "3", "--wait-for-nodes")
+        arguments = ["train", *run, *PACE[asynchronous], *length, *where]
         arguments += ["--run-dir", hit]
         with log.open("w+") as said:
             soaked = Soak(nodes, commands, arguments, hit, random.Random(seed), said)
