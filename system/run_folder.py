@@ -40,8 +40,8 @@ def opened(folder: Path, config: RunConfig, device: str) -> Iterator[None]:
     """Makes the folder of a new run, or checks that it belongs to this one; ours inside the block.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration, or is no run's folder, or
-            another process trains in it.
+        ConfigError: the folder holds a run with another configuration, is no run's folder, cannot
+            be written to, or another process trains in it.
     """
     if (folder / CONFIG).exists():
         changed = differences(read_config(folder), config)
@@ -53,11 +53,26 @@ def opened(folder: Path, config: RunConfig, device: str) -> Iterator[None]:
             )
     elif folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run; give another --run-dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     with locked(folder):
         write_json(folder / CONFIG, to_dict(config))
         write_json(folder / META, describe_process(config, device))
         yield
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder where it is missing.
+
+    Raises:
+        ConfigError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written to ({error.strerror}); give another --run-dir"
+        ) from error
 
 
 @contextmanager

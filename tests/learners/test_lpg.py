@@ -307,6 +307,26 @@ def test_one_adam_for_each_lifetime_takes_steps_of_one_size():
         LpgConfig(adam_per_lifetime=True)
 
 
+def test_the_meta_step_size_falls_to_nothing():
+    constant = make_learner(meta_lr=0.01)
+    falling = make_learner(meta_lr=0.01, meta_lr_decay_updates=2)
+    state = make_state(constant)
+    trace, batches = make_window(constant, state)
+
+    def moved(learner, num_updates):
+        """How far η goes after so many updates, of which only the optimizer knows."""
+        slots = state["meta_optimizer"]
+        aged = state | {"meta_optimizer": slots | {"t": slots["t"] + num_updates}}
+        new = learner.meta_update(aged, trace, batches)[0]["meta_params"]
+        return torch.cat([(new[n] - p).flatten() for n, p in state["meta_params"].items()])
+
+    assert torch.equal(moved(falling, 0), moved(constant, 0))
+    torch.testing.assert_close(moved(falling, 1), 0.5 * moved(constant, 1), rtol=1e-4, atol=1e-8)
+    assert not moved(falling, 2).any()
+    with pytest.raises(ConfigError, match="meta_lr_decay_updates"):
+        LpgConfig(meta_lr_decay_updates=-1)
+
+
 def test_moments_over_time_normalise_as_their_batch_does_at_first():
     advantage = torch.randn(3, 2, 5, 4, dtype=torch.float64) * 7.0 + 2.0
     zeros = torch.zeros(3, dtype=torch.float64)

@@ -255,3 +255,40 @@ def test_no_checkpoint_holds_nan(tmp_path, tiny_run):
     with pytest.raises(ValueError, match="meta_params/weight"):
         run_folder.save(tmp_path, state, {}, Counters(2), keep=3)
     assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(command_line, tiny_flags):
+    """/sys lets nobody make files, whoever asks."""
+    where = "/sys/kernel/metaloop-run"
+    status, out, err = command_line.run(
+        *("train", "maml-trpo/navigation-2d", "--run-dir", where, "--backend", "serial"),
+        *tiny_flags,
+    )
+    assert status == 2, out + err
+    assert where in err
+    assert "another --run-dir" in err
+    assert "Traceback" not in err
+
+
+def test_a_run_on_a_disk_that_became_read_only_is_refused_and_unharmed(
+    tmp_path, tiny_run, monkeypatch
+):
+    with run_folder.opened(tmp_path / "run", tiny_run(), "cpu"):
+        pass
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    real_open = Path.open
+
+    def refuse(self, mode="r", *args, **kwargs):
+        if mode != "r":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real_open(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with (
+        pytest.raises(ConfigError, match=r"cannot be written to \(Read-only file system\)"),
+        run_folder.opened(tmp_path / "run", tiny_run(), "cpu"),
+    ):
+        pass
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
