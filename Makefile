@@ -22,8 +22,8 @@ test: $(VENV)
 
 # Fifty kills in one run without lag, and fifty in one with it: some twenty minutes.
 soak: $(VENV)
-	$(BIN)/python -m tests.system.soak --kills 50
-	$(BIN)/python -m tests.system.soak --kills 50 --asynchronous
+	$(BIN)/python -m tests.cluster.soak --kills 50
+	$(BIN)/python -m tests.cluster.soak --kills 50 --asynchronous
 
 lint: $(VENV)
 	$(BIN)/ruff check .

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 import torch
 
+from system import cli
 from system.config import RunConfig, RuntimeConfig
 from system.presets import PRESETS
 
@@ -132,6 +134,22 @@ def command_line(tmp_path_factory):
     started.close()
 
 
+@pytest.fixture
+def metaloop(capsys):
+    """(arguments) → exit status, standard output and standard error, in this process."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            status = ended.code or 0
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
 class Clusters:
     """At most one Ray backend at a time, kept for as long as tests want the same family."""
 
@@ -173,19 +191,24 @@ def tiny_flags():
     return TINY_FLAGS
 
 
+def until(condition: Callable[[], Any], what: str, seconds: float = 90.0) -> Any:
+    """The value of a condition once it is true.
+
+    Raises:
+        TimeoutError: it never was.
+    """
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {seconds:g} s in vain until {what}")
+        time.sleep(0.02)
+    return value
+
+
 @pytest.fixture(scope="session")
 def wait_until():
     """(condition, what) waits until the condition's value is true, and returns it."""
-
-    def wait(condition, what: str, seconds: float = 90.0):
-        until = time.monotonic() + seconds
-        while not (value := condition()):
-            if time.monotonic() > until:
-                pytest.fail(f"waited {seconds:g} s in vain until {what}")
-            time.sleep(0.02)
-        return value
-
-    return wait
+    return until
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 Training commands get flags that shorten them; nothing else is changed. `make train` and `make test`
 are the commands that run these tests and their long form, so only their targets are checked. Blocks
-of bash are for a cluster: `tests/system/test_submit.py` runs their like, here their flags are
+of bash are for a cluster: `tests/cluster/test_jobs.py` runs their like, here their flags are
 checked.
 """
 
@@ -131,7 +131,7 @@ def cluster_commands(name: str) -> list[list[str]]:
 def test_cluster_commands_have_the_flags_that_they_name() -> None:
     from ray.scripts.scripts import cli as ray_cli
 
-    from system.cli import VisibleSubmitArguments, parse_config
+    from system.arguments import VisibleSubmitArguments, parse_config
 
     for _, verb, *rest in cluster_commands("ray"):
         known = {option for param in ray_cli.commands[verb].params for option in param.opts}
@@ -160,7 +160,7 @@ def test_own_task_family(tmp_path: Path) -> None:
 def test_named_flags_exist() -> None:
     sys.path.insert(0, str(ROOT))
     from learners.config import METHODS
-    from system.cli import TrainArguments, flag_names
+    from system.arguments import TrainArguments, flag_names
 
     rows = [line for line in README.splitlines() if line.startswith("| `--")]
     flags = {flag for row in rows for flag in re.findall(r"--[a-z-]+", row.split("|")[1])}

@@ -12,7 +12,7 @@ import jsonschema
 import yaml
 from ray.scripts.scripts import start
 
-from system.cli import TrainArguments, parse_config
+from system.arguments import TrainArguments, parse_config
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

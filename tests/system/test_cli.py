@@ -12,6 +12,7 @@ import torch
 from actors.tasks import FAMILIES
 from learners.config import MamlTrpoConfig
 from system import cli, run_folder
+from system.arguments import EvaluateArguments, TrainArguments, check_flags, flag_names
 from system.checkpoint import STATE
 from system.config import RuntimeConfig, to_dict
 from system.loop import Loop
@@ -46,22 +47,6 @@ class PoleMass(SingleEnvFamily):
     def sample(self, rng, num_tasks):
         return [{"mass": m} for m in rng.uniform(0.5, self.heaviest, num_tasks).tolist()]
 """
-
-
-@pytest.fixture
-def metaloop(capsys):
-    """(arguments) → exit status, standard output and standard error, in this process."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            status = ended.code or 0
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return call
 
 
 @pytest.fixture
@@ -344,13 +329,13 @@ def test_every_flag_that_help_names_is_accepted(metaloop, arguments, monkeypatch
     assert status == 0
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", out)) - {"--help"}
     known = (
-        cli.flag_names(cli.EvaluateArguments)
+        flag_names(EvaluateArguments)
         if arguments == ["evaluate"]
-        else cli.flag_names(cli.TrainArguments, MamlTrpoConfig)
+        else flag_names(TrainArguments, MamlTrpoConfig)
     )
     assert len(flags) >= len(known)
     for flag in sorted(flags):
-        cli.check_flags([flag], known, "metaloop")
+        check_flags([flag], known, "metaloop")
 
 
 def test_help_list_and_show_import_neither_torch_nor_ray():

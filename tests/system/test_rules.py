@@ -31,19 +31,6 @@ RULE = (
 WORLDS = {"chain-short", "random-small-sparse"}
 
 
-@pytest.fixture
-def metaloop(capsys):
-    """(arguments) → exit status, standard output and standard error, in this process."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        status = cli.main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a run of LPG."""

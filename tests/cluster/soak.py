@@ -1,6 +1,6 @@
 """A run that is hit again and again: actors, learner, parameter server, driver and whole nodes.
 
-    python -m tests.system.soak [--kills 50] [--seed 0] [--asynchronous]
+    python -m tests.cluster.soak [--kills 50] [--seed 0] [--asynchronous]
 
 Three `ray start` nodes on the loopback interface train a small run. At random moments one of its
 processes is killed by SIGKILL: which and when follows from the seed. A driver that died is started
@@ -18,8 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -29,9 +28,9 @@ import psutil
 import pytest
 import torch
 
-from system import access, run_folder
-from tests.conftest import TINY_FLAGS, CommandLine
-from tests.system.nodes import READY_SECONDS, Nodes, node_environment
+from system import run_folder
+from tests.cluster.nodes import WORKER, Nodes, three_nodes
+from tests.conftest import TINY_FLAGS, CommandLine, until
 
 ROLES = {
     "actor": "ray::RolloutActor",
@@ -39,7 +38,6 @@ ROLES = {
     "parameter server": "ray::ParameterServer",
 }
 KINDS = (*ROLES, "driver", "node")
-WORKER_ADDRESS = "127.0.0.14"
 ITERATIONS_PER_KILL = 5
 """Two are waited for; others pass meanwhile."""
 
@@ -57,39 +55,6 @@ ASYNCHRONOUS = (
     *("--eval-every", "0", "--eval-tasks", "4", "--log-every", "1", "--learner-threads", "1"),
     *("--device", "cpu", "--object-store-mb", "100", "--timeout-s", "120"),
 )
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = LONGEST_S) -> Any:
-    """The value of a condition once it is true.
-
-    Raises:
-        TimeoutError: it never was.
-    """
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited {seconds:g} s in vain until {what}")
-        time.sleep(0.02)
-    return value
-
-
-@contextmanager
-def three_nodes(token_file: Path) -> Iterator[Nodes]:
-    """A head, a node for the learner, and one more; each with a CPU."""
-    token = access.find_token() or access.create_token(token_file)
-    nodes = Nodes(
-        node_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token_file)), token
-    )
-    try:
-        nodes.head("127.0.0.12", 1)
-        until(lambda: nodes.alive() == 1, "the head is up", READY_SECONDS)
-        nodes.join("127.0.0.13", 1, "--labels", "metaloop.role=learner")
-        until(lambda: nodes.alive() == 2, "the second node is up", READY_SECONDS)
-        nodes.join(WORKER_ADDRESS, 1)
-        until(lambda: nodes.alive() == 3, "the third node is up", READY_SECONDS)
-        yield nodes
-    finally:
-        nodes.close()
 
 
 @dataclass
@@ -143,8 +108,8 @@ class Soak:
         """Ends a process, or a node, and brings back what nobody else does."""
         self.killed[kind] += 1
         if kind == "node":
-            self.nodes.kill(2)
-            self.nodes.join(WORKER_ADDRESS, 1)
+            self.nodes.kill(WORKER)
+            self.nodes.join_worker()
         elif kind == "driver":
             self.driver.kill()
             self.driver.wait(30)
@@ -157,7 +122,7 @@ class Soak:
         self.start()
         for kind in kinds:
             here = self.iteration()
-            until(lambda here=here: self.moved(here), f"iteration {here + 1} is over")
+            until(lambda here=here: self.moved(here), f"iteration {here + 1} is over", LONGEST_S)
             assert self.driver.poll() is None, f"the run was over before all kills:\n{self.said()}"
             time.sleep(self.rng.uniform(0.0, 1.0))
             begun = time.monotonic()
@@ -167,7 +132,11 @@ class Soak:
                 self.killed[kind] -= 1
                 continue
             before = self.iteration()
-            until(lambda before=before: self.moved(before), f"the run goes on without its {kind}")
+            until(
+                lambda before=before: self.moved(before),
+                f"the run goes on without its {kind}",
+                LONGEST_S,
+            )
             print(
                 f"{kind:17} killed; next record after {time.monotonic() - begun:5.1f} s", flush=True
             )

@@ -8,16 +8,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from learners.core.errors import ConfigError
-from system import submit
+from system import access, submit
+from tests.conftest import until
 
 READY_SECONDS = 120
+
+HEAD, LEARNER, WORKER = range(3)
+"""Nodes in the order of their start."""
+
+ADDRESSES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 
 
 def free_port() -> int:
@@ -62,6 +68,11 @@ class Nodes:
                     start_new_session=True,
                 )
             )  # fmt: skip
+
+    def join_worker(self) -> None:
+        """Brings the node without a role of its own (back)."""
+        self.join(ADDRESSES[WORKER], 1)
+        until(lambda: self.alive() == len(ADDRESSES), "the worker's node is up", READY_SECONDS)
 
     def alive(self) -> int:
         """Nodes that the dashboard knows."""
@@ -113,3 +124,22 @@ def node_environment(**more: str) -> dict[str, str]:
     kept = {n: v for n, v in os.environ.items() if not n.startswith("RAY_") and n != "PYTHONPATH"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     return kept | {"PATH": path} | FAST_CHECKS | more
+
+
+@contextmanager
+def three_nodes(token_file: Path) -> Iterator[Nodes]:
+    """A head, a node for the learner, and one more; each with a CPU."""
+    token = access.find_token() or access.create_token(token_file)
+    nodes = Nodes(
+        node_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token_file)), token
+    )
+    try:
+        nodes.head(ADDRESSES[HEAD], 1)
+        until(lambda: nodes.alive() == 1, "the head is up", READY_SECONDS)
+        # One after the other: together they would take the same socket in the session's folder.
+        nodes.join(ADDRESSES[LEARNER], 1, "--labels", "metaloop.role=learner")
+        until(lambda: nodes.alive() == 2, "the learner's node is up", READY_SECONDS)
+        nodes.join_worker()
+        yield nodes
+    finally:
+        nodes.close()

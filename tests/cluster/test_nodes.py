@@ -5,42 +5,13 @@ import time
 
 import pytest
 
-from system import access
 from system.loop import Counters, Loop
 from system.ray_backend import RayBackend
 from system.serial_backend import SerialBackend
+from tests.cluster.nodes import ADDRESSES, READY_SECONDS, WORKER
 from tests.system.families import EVERY_TASK, Obedient
-from tests.system.nodes import READY_SECONDS, Nodes, node_environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("torch_threads")]
-
-HEAD, LEARNERS, VICTIM = range(3)
-"""Nodes in the order of their start."""
-
-A2C = "a2c/cartpole"
-
-
-def join(nodes, wait_until):
-    """Brings the third node (back)."""
-    nodes.join("127.0.0.7", 1)
-    wait_until(lambda: nodes.alive() == 3, "the third node is up", READY_SECONDS)
-
-
-@pytest.fixture(scope="module")
-def nodes(own_token, clusters, wait_until):
-    clusters.close()  # this process is a driver of one cluster at a time
-    token = access.find_token() or access.create_token(own_token)
-    environment = node_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(own_token))
-    started = Nodes(environment, token)
-    try:
-        started.head("127.0.0.5", 1)
-        wait_until(lambda: started.alive() == 1, "the head is up", READY_SECONDS)
-        started.join("127.0.0.6", 1, "--labels", "metaloop.role=learner")
-        wait_until(lambda: started.alive() == 2, "the second node is up", READY_SECONDS)
-        join(started, wait_until)
-        yield started
-    finally:
-        started.close()
 
 
 @pytest.fixture
@@ -66,8 +37,8 @@ def streams(tiny_run, episodes):
 
 
 @pytest.fixture
-def on_nodes(nodes, family, wait_until):
-    """config → a backend with an actor on each node; the third node is there again afterwards."""
+def on_nodes(nodes, family):
+    """config → a backend with an actor on each node."""
     started = []
 
     def start(config):
@@ -80,8 +51,6 @@ def on_nodes(nodes, family, wait_until):
     yield start
     for backend in started:
         backend.close()
-    if len(nodes.processes) < 3:
-        join(nodes, wait_until)
 
 
 def seeds(config):
@@ -119,7 +88,7 @@ def test_a_node_killed_while_it_collects_changes_nothing(
     def kill():
         try:
             wait_until(lambda: len([*tmp_path.glob("waiting-*")]) == 3, "all actors are at work")
-            nodes.kill(VICTIM)
+            nodes.kill(WORKER)
         finally:
             (tmp_path / "wait").unlink()
 
@@ -129,8 +98,17 @@ def test_a_node_killed_while_it_collects_changes_nothing(
     assert_same_state(state, expected[0])
     assert counters == expected[1]
     said = said_and_lost(caplog, begun)
-    assert "on 127.0.0.7" in said
+    assert f"on {ADDRESSES[WORKER]}" in said
     assert "its chunks are collected by others until it is back" in said
+    nodes.join_worker()
+
+    def back():
+        iterations(loop, 1, counters)
+        return loop.backend.actor_restarts == 1
+
+    wait_until(back, "the actor is back", READY_SECONDS)
+    assert len({lane.place.node for lane in loop.backend.pool.lanes}) == 3
+    assert "is back as actor process" in " ".join(r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize("kind", ["episodes", "streams"])
@@ -149,7 +127,7 @@ def test_chunks_that_die_with_their_node_are_collected_again(
     def kill_after(requests, carries):
         monkeypatch.undo()
         arrivals = collect(requests, carries)
-        nodes.kill(VICTIM)
+        nodes.kill(WORKER)
         return arrivals
 
     monkeypatch.setattr(backend, "collect", kill_after)
@@ -158,22 +136,3 @@ def test_chunks_that_die_with_their_node_are_collected_again(
     assert_same_state(state, expected[0])
     assert counters == expected[1]
     assert "were lost with their node; collected again" in said_and_lost(caplog, begun)
-
-
-def test_an_actor_works_again_where_its_node_comes_back(
-    on_nodes, nodes, episodes, family, wait_until, caplog
-):
-    caplog.set_level(logging.WARNING, "metaloop")
-    backend = on_nodes(episodes)
-    loop = Loop(episodes, family, backend)
-    nodes.kill(VICTIM)
-    _, counters = iterations(loop, 1)
-    join(nodes, wait_until)
-
-    def back():
-        iterations(loop, 1, counters)
-        return backend.actor_restarts == 1
-
-    wait_until(back, "the actor is back", READY_SECONDS)
-    assert len({lane.place.node for lane in backend.pool.lanes}) == 3
-    assert "is back as actor process" in " ".join(r.getMessage() for r in caplog.records)

@@ -4,15 +4,9 @@ import random
 
 import pytest
 
-from tests.system.soak import KINDS, soak, three_nodes
+from tests.cluster.soak import KINDS, soak
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def nodes(own_token):
-    with three_nodes(own_token) as started:
-        yield started
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
