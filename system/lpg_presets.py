@@ -27,7 +27,7 @@ def chain_and_small_grids() -> RunConfig:
             imitation_coef=1.0,
             critic_lr=5e-3,
             network_lrs=(5e-3, 1e-2, 2e-2),
-            tabular_updates=250,
+            tabular_updates=60,
             network_updates=1000,
             evaluation_updates=300,
             members_per_block=8,
