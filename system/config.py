@@ -46,6 +46,9 @@ class RuntimeConfig:
     """CPU threads of each learner."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints; there is one at the end and on Ctrl-C as well."""
+    max_hours: float = 0.0
+    """Hours after which training stops with a checkpoint, and the same command goes on; 0 for no
+    limit."""
     keep_checkpoints: int = 3
     """Newest checkpoints that are kept."""
     timeout_s: float = 600.0
@@ -68,8 +71,9 @@ class RuntimeConfig:
             )
         if self.object_store_mb < 100:
             raise ConfigError(f"object_store_mb must be at least 100, not {self.object_store_mb}")
-        if self.actor_memory_mb < 0:
-            raise ConfigError(f"actor_memory_mb must not be negative, not {self.actor_memory_mb}")
+        for name in ("actor_memory_mb", "max_hours"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
 
     def num_gpus(self, available: float) -> int:
         """GPUs that the learners need, of a cluster that has so many: one each, or none."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,6 +56,20 @@ class Interrupt:
             raise KeyboardInterrupt
         self.asked = True
         print("\nfinishing this iteration, then saving; once more stops at once", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """One call of `train`: where it writes, and until when it may."""
+
+    folder: Path
+    after_save: Callable[[], None]
+    end: float  # as of time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether its time is up."""
+        return time.monotonic() >= self.end
 
 
 @contextmanager
@@ -107,12 +121,14 @@ def train(
         after_save: called after each checkpoint.
 
     Returns:
-        The last evaluation, or None where the user stopped before the end.
+        The last evaluation, or None where the user, or `max_hours`, stopped before the end.
 
     Raises:
         ConfigError: the folder holds another run, or the machine lacks something.
         StoppedRun: ten updates in a row were skipped because of non-finite tensors.
     """
+    hours = config.runtime.max_hours or math.inf
+    sitting = Sitting(folder, after_save, time.monotonic() + 3600.0 * hours)
     config = rules.resolved(config)
     # The learner of a cluster that is joined has memory and a device of its own.
     elsewhere = config.runtime.backend == "ray" and config.runtime.address is not None
@@ -122,12 +138,10 @@ def train(
     check_replicas(config, spec, available)
     device = config.runtime.device if elsewhere else str(choose_device(config.runtime.device))
     with run_folder.opened(folder, config, device):
-        return train_in(folder, config, after_save)
+        return train_in(sitting, config)
 
 
-def train_in(
-    folder: Path, config: RunConfig, after_save: Callable[[], None]
-) -> dict[str, Any] | None:
+def train_in(sitting: Sitting, config: RunConfig) -> dict[str, Any] | None:
     """`train` in a folder that is this process's own.
 
     Where the learner's process dies, another one goes on from the newest checkpoint; the run ends
@@ -136,9 +150,9 @@ def train_in(
     died_at: list[int | None] = []
     while True:
         try:
-            return train_from_newest(folder, config, after_save, len(died_at))
+            return train_from_newest(sitting, config, len(died_at))
         except LearnerDied as error:
-            died_at.append(checkpoint.newest_step(folder / run_folder.CHECKPOINTS))
+            died_at.append(checkpoint.newest_step(sitting.folder / run_folder.CHECKPOINTS))
             if died_at[-MAX_DEATHS:] == died_at[-1:] * MAX_DEATHS:
                 raise
             logging.getLogger("metaloop").warning("%s Another one starts now.", error)
@@ -147,9 +161,10 @@ def train_in(
 
 
 def train_from_newest(
-    folder: Path, config: RunConfig, after_save: Callable[[], None], learner_restarts: int
+    sitting: Sitting, config: RunConfig, learner_restarts: int
 ) -> dict[str, Any] | None:
     """Trains from the newest checkpoint, or from the start, to the end or an interrupt."""
+    folder = sitting.folder
     restored = run_folder.restore(folder)
     # Ray sets a handler of its own when it starts, so ours comes after it.
     with running(config) as (_, backend, loop), interruptible() as interrupt:
@@ -168,9 +183,7 @@ def train_from_newest(
             telemetry.config_text(to_dict(config))
             print(f"run folder   {folder}   device {backend.device}")
             print(f"TensorBoard  tensorboard --logdir {folder}")
-            counters, result = iterate(
-                config, folder, loop, counters, telemetry, interrupt, after_save
-            )
+            counters, result = iterate(sitting, config, loop, counters, telemetry, interrupt)
         if counters.iteration < config.iterations:
             print(f"stopped at iteration {counters.iteration}; the same command goes on from there")
             return None
@@ -182,15 +195,14 @@ def train_from_newest(
 
 
 def iterate(
+    sitting: Sitting,
     config: RunConfig,
-    folder: Path,
     loop: Loop,
     counters: Counters,
     telemetry: Telemetry,
     interrupt: Interrupt,
-    after_save: Callable[[], None],
 ) -> tuple[Counters, dict[str, Any] | None]:
-    """Meta-iterations with records and checkpoints, until the end or an interrupt.
+    """Meta-iterations with records and checkpoints, until the end, an interrupt, or time is up.
 
     Returns:
         The counters, and the evaluation of the last iteration if there was one.
@@ -198,7 +210,7 @@ def iterate(
     saved_at, result = time.monotonic(), None
     unwritten: list[Metrics] = []
     with Progress(config.iterations, counters.iteration, config.preset) as progress:
-        while counters.iteration < config.iterations and not interrupt.asked:
+        while counters.iteration < config.iterations and not interrupt.asked and not sitting.over:
             counters, metrics, skipped = loop.iterate(counters)
             if skipped is not None:
                 progress.say(str(skipped))
@@ -220,12 +232,12 @@ def iterate(
                 images, histograms = pictures.draw(described), pictures.histograms(described)
                 telemetry.show(own_steps(loop, counters), images, histograms)
             if skipped is not None and counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                save(config, folder, loop, counters, after_save)
-                stop(folder, counters, skipped)
+                save(sitting, config, loop, counters)
+                stop(sitting.folder, counters, skipped)
             if time.monotonic() - saved_at > 60.0 * config.runtime.checkpoint_minutes:
-                save(config, folder, loop, counters, after_save)
+                save(sitting, config, loop, counters)
                 saved_at = time.monotonic()
-    save(config, folder, loop, counters, after_save)
+    save(sitting, config, loop, counters)
     return counters, result
 
 
@@ -273,17 +285,11 @@ def average(records: Sequence[Metrics]) -> Metrics:
     return averaged
 
 
-def save(
-    config: RunConfig,
-    folder: Path,
-    loop: Loop,
-    counters: Counters,
-    after_save: Callable[[], None],
-) -> None:
+def save(sitting: Sitting, config: RunConfig, loop: Loop, counters: Counters) -> None:
     """Writes a checkpoint."""
-    state = loop.backend.learner("get_state")
-    run_folder.save(folder, state, loop.snapshot(), counters, config.runtime.keep_checkpoints)
-    after_save()
+    state, keep = loop.backend.learner("get_state"), config.runtime.keep_checkpoints
+    run_folder.save(sitting.folder, state, loop.snapshot(), counters, keep)
+    sitting.after_save()
 
 
 def stop(folder: Path, counters: Counters, skipped: SkippedUpdate) -> NoReturn:

@@ -423,7 +423,8 @@ def follow(client: Any, name: str, job: Job) -> int:
     """Shows a job's log until it ends.
 
     Returns:
-        0 where it succeeded, 1 where it failed, 130 where it was stopped or is left running.
+        0 where it succeeded, 1 where it failed, 130 where it was stopped, stopped itself after
+        `--max-hours`, or is left running.
     """
     try:
         asyncio.run(show_log(client, name))
@@ -440,6 +441,9 @@ def follow(client: Any, name: str, job: Job) -> int:
         print(f"the job {name} was stopped", file=sys.stderr)
         return 130
     code = info.driver_exit_code
+    if code == 130:
+        print(f"the job {name} ended before its last iteration; submit it again", file=sys.stderr)
+        return 130
     why = info.message if code is None else f"its command ended with {code}; the log says why"
     print(f"the job {name} failed: {why}", file=sys.stderr)
     return 1

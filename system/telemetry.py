@@ -17,12 +17,34 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from learners.core.trajectory import Metrics
 
 HPARAMS_METRICS = ("rollout/ep_rew_mean", "adapt/gain")
 """Tags that TensorBoard's HPARAMS page shows beside the configuration."""
+
+LAYOUT = {
+    "adaptation": {
+        "return of training tasks after k updates": ["Multiline", [r"adapt/ep_rew_mean_\d+"]],
+        "return of evaluation tasks after k": ["Multiline", [r"eval/ep_rew_mean_\d+"]],
+    },
+    "replicas": {
+        "return, mean and 95 % interval": [
+            "Margin",
+            ["rollout/ep_rew_mean", "rollout/ep_rew_ci95_low", "rollout/ep_rew_ci95_high"],
+        ],
+        "return of each": ["Multiline", [r"replica/ep_rew_mean_\d+"]],
+    },
+    "where the time goes": {
+        "idle share of actors and learner": [
+            "Multiline",
+            ["perf/actor_idle_frac", "perf/learner_idle_frac"],
+        ],
+        "seconds of collection and learning": ["Multiline", ["perf/collect_s", "perf/learner_s"]],
+    },
+}
+"""What TensorBoard's CUSTOM SCALARS page shows together; tags are regular expressions there."""
 
 NUM_BINS = 50
 """Bins of a histogram."""
@@ -100,13 +122,15 @@ class Telemetry:
         self._events.flush()
 
     def config_text(self, config: Mapping[str, Any]) -> None:
-        """Records the resolved configuration as a table and as hparams, in this same run."""
+        """Records the configuration as a table and as hparams, and which curves belong together."""
         flat = flat_settings(config)
         self._events.add_text("config", markdown_table(flat), self._purge_step)
         # SummaryWriter.add_hparams would open a second run in a sub-folder.
         summaries = hparams(flat, dict.fromkeys(HPARAMS_METRICS, 0.0))  # type: ignore[no-untyped-call]
         file_writer: Any = self._events.file_writer
-        for summary in summaries:
+        # Of add_custom_scalars' own the step cannot be given.
+        layout = custom_scalars(LAYOUT)  # type: ignore[no-untyped-call]
+        for summary in (*summaries, layout):
             file_writer.add_summary(summary, self._purge_step)
         self._events.flush()
 

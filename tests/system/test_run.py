@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 
 import psutil
@@ -275,6 +276,28 @@ def test_a_signal_lets_the_iteration_finish_and_keeps_it(
     assert "stopped at iteration 2; the same command goes on" in capsys.readouterr().out
     assert state_of(stopped)[1] == 2
     run.train(tiny_run(iterations=4), stopped)
+    assert_unbroken(stopped, 4)
+    assert_same_state(state_of(stopped)[0], state_of(whole)[0])
+
+
+def test_hours_that_are_over_stop_a_run_with_a_checkpoint(
+    tmp_path, tiny_run, monkeypatch, capsys, assert_same_state
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run.train(tiny_run(iterations=4), whole)
+    iterate, clock, passed = Loop.iterate, time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed[0])
+
+    def long(self, counters):
+        passed[0] += 1800.0 if counters.iteration < 3 else 0.0
+        return iterate(self, counters)
+
+    monkeypatch.setattr(Loop, "iterate", long)
+    for iterations in (2, 4):
+        limited = tiny_run(iterations=4, runtime={"max_hours": 0.9})
+        assert (run.train(limited, stopped) is None) == (iterations < 4)
+        assert state_of(stopped)[1] == iterations
+    assert "stopped at iteration 2; the same command goes on" in capsys.readouterr().out
     assert_unbroken(stopped, 4)
     assert_same_state(state_of(stopped)[0], state_of(whole)[0])
 

@@ -348,6 +348,7 @@ def test_the_clusters_own_python_names_what_it_lacks(monkeypatch, capsys):
         ("FAILED", 3, 1, "failed: its command ended with 3"),
         ("FAILED", None, 1, "failed: the reason"),
         ("STOPPED", None, 130, "was stopped"),
+        ("FAILED", 130, 130, "ended before its last iteration; submit it again"),
     ],
 )
 def test_waiting_shows_the_log_and_ends_as_the_job_does(capsys, status, code, expected, said):

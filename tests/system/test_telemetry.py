@@ -1,10 +1,12 @@
 import json
 import math
+import re
 import time
 
 import pytest
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
 from system.telemetry import Telemetry, flat_settings, markdown_table
@@ -238,3 +240,19 @@ def test_files_are_closed_after_an_error(tmp_path):
     with pytest.raises(ValueError, match="closed"):
         telemetry.write(2, 20, metrics(2))
     assert [row["iteration"] for row in rows(tmp_path)] == [1]
+
+
+def test_curves_that_belong_together_are_shown_together(tmp_path):
+    with Telemetry(tmp_path) as telemetry:
+        telemetry.config_text({"seed": 1})
+        telemetry.write(1, 10, {"adapt/ep_rew_mean_0": 1.0, "adapt/ep_rew_mean_12": 2.0})
+    (event,) = events(tmp_path).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    patterns = charts["return of training tasks after k updates"].multiline.tag
+    tags = events(tmp_path).Tags()["scalars"]
+    assert [tag for tag in tags if re.fullmatch(patterns[0], tag)] == tags
+    idle = charts["idle share of actors and learner"].multiline.tag
+    assert list(idle) == ["perf/actor_idle_frac", "perf/learner_idle_frac"]
+    (series,) = charts["return, mean and 95 % interval"].margin.series
+    assert series.lower == "rollout/ep_rew_ci95_low"
