@@ -117,12 +117,19 @@ class Soak:
         else:
             self.process(kind).kill()
 
+    def progress(self, what: str) -> None:
+        """Waits until there is a record beyond those that there are."""
+        here = self.iteration()
+        try:
+            until(lambda: self.moved(here), what, LONGEST_S)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}:\n{self.said()}") from error
+
     def go(self, kinds: Sequence[str]) -> None:
         """The whole run, with a kill of each kind in turn."""
         self.start()
         for kind in kinds:
-            here = self.iteration()
-            until(lambda here=here: self.moved(here), f"iteration {here + 1} is over", LONGEST_S)
+            self.progress("an iteration is over")
             assert self.driver.poll() is None, f"the run was over before all kills:\n{self.said()}"
             time.sleep(self.rng.uniform(0.0, 1.0))
             begun = time.monotonic()
@@ -131,12 +138,7 @@ class Soak:
             except IndexError:  # it is being started anew
                 self.killed[kind] -= 1
                 continue
-            before = self.iteration()
-            until(
-                lambda before=before: self.moved(before),
-                f"the run goes on without its {kind}",
-                LONGEST_S,
-            )
+            self.progress(f"the run goes on without its {kind}")
             print(
                 f"{kind:17} killed; next record after {time.monotonic() - begun:5.1f} s", flush=True
             )
