@@ -103,6 +103,13 @@ class Loop:
         return self.streams and self.plan.num_inner_updates == 0
 
     @property
+    def kind(self) -> str:
+        """What members are: "replicas", "lifetimes", or tasks and trials, which are "adapting"."""
+        if self.replicas:
+            return "replicas"
+        return "lifetimes" if self.streams else "adapting"
+
+    @property
     def trials(self) -> bool:
         """Whether a member's chunk is one trial of several episodes, in which it adapts."""
         return self.family.spec.num_episodes > 0 and not self.streams

@@ -180,7 +180,7 @@ def train_from_newest(
             backend.learner("adopt", "meta_params", rules.load(Path(config.learner.rule)))
         resume_step = counters.iteration if restored is not None else None
         with Telemetry(folder, resume_step) as telemetry:
-            telemetry.config_text(to_dict(config))
+            telemetry.config_text(to_dict(config), loop.kind)
             print(f"run folder   {folder}   device {backend.device}")
             print(f"TensorBoard  tensorboard --logdir {folder}")
             counters, result = iterate(sitting, config, loop, counters, telemetry, interrupt)

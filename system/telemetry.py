@@ -24,27 +24,29 @@ from learners.core.trajectory import Metrics
 HPARAMS_METRICS = ("rollout/ep_rew_mean", "adapt/gain")
 """Tags that TensorBoard's HPARAMS page shows beside the configuration."""
 
-LAYOUT = {
-    "adaptation": {
-        "return of training tasks after k updates": ["Multiline", [r"adapt/ep_rew_mean_\d+"]],
-        "return of evaluation tasks after k": ["Multiline", [r"eval/ep_rew_mean_\d+"]],
-    },
+EVALUATION = {"evaluation after k": ["Multiline", [r"eval/ep_rew_mean_\d+"]]}
+
+RETURNS = {
+    "adapting": {"training after k": ["Multiline", [r"adapt/ep_rew_mean_\d+"]], **EVALUATION},
+    "lifetimes": {"last lifetimes by world": ["Multiline", [r"lpg/return_.+"]], **EVALUATION},
     "replicas": {
-        "return, mean and 95 % interval": [
+        "mean and 95 % interval": [
             "Margin",
             ["rollout/ep_rew_mean", "rollout/ep_rew_ci95_low", "rollout/ep_rew_ci95_high"],
         ],
-        "return of each": ["Multiline", [r"replica/ep_rew_mean_\d+"]],
-    },
-    "where the time goes": {
-        "idle share of actors and learner": [
-            "Multiline",
-            ["perf/actor_idle_frac", "perf/learner_idle_frac"],
-        ],
-        "seconds of collection and learning": ["Multiline", ["perf/collect_s", "perf/learner_s"]],
+        "each replica": ["Multiline", [r"replica/ep_rew_mean_\d+"]],
     },
 }
-"""What TensorBoard's CUSTOM SCALARS page shows together; tags are regular expressions there."""
+"""Curves of returns that TensorBoard's CUSTOM SCALARS page shows in one chart, by what members are;
+tags are regular expressions there. In what adapts, k are inner updates or episodes of a trial."""
+
+TIME = {
+    "idle share of actors and learner": [
+        "Multiline",
+        ["perf/actor_idle_frac", "perf/learner_idle_frac"],
+    ],
+    "seconds of collection and learning": ["Multiline", ["perf/collect_s", "perf/learner_s"]],
+}
 
 NUM_BINS = 50
 """Bins of a histogram."""
@@ -121,15 +123,21 @@ class Telemetry:
                 self._events.add_histogram(tag, finite, env_steps, bins=NUM_BINS)
         self._events.flush()
 
-    def config_text(self, config: Mapping[str, Any]) -> None:
-        """Records the configuration as a table and as hparams, and which curves belong together."""
+    def config_text(self, config: Mapping[str, Any], members: str = "adapting") -> None:
+        """Records the configuration as a table and as hparams, and which curves belong together.
+
+        Args:
+            config: the resolved configuration.
+            members: what members are, a key of `RETURNS`.
+        """
         flat = flat_settings(config)
         self._events.add_text("config", markdown_table(flat), self._purge_step)
         # SummaryWriter.add_hparams would open a second run in a sub-folder.
         summaries = hparams(flat, dict.fromkeys(HPARAMS_METRICS, 0.0))  # type: ignore[no-untyped-call]
         file_writer: Any = self._events.file_writer
         # Of add_custom_scalars' own the step cannot be given.
-        layout = custom_scalars(LAYOUT)  # type: ignore[no-untyped-call]
+        charts = {"returns": RETURNS[members], "where the time goes": TIME}
+        layout = custom_scalars(charts)  # type: ignore[no-untyped-call]
         for summary in (*summaries, layout):
             file_writer.add_summary(summary, self._purge_step)
         self._events.flush()

@@ -242,17 +242,24 @@ def test_files_are_closed_after_an_error(tmp_path):
     assert [row["iteration"] for row in rows(tmp_path)] == [1]
 
 
-def test_curves_that_belong_together_are_shown_together(tmp_path):
-    with Telemetry(tmp_path) as telemetry:
-        telemetry.config_text({"seed": 1})
+def charts_of(run_dir, members):
+    with Telemetry(run_dir) as telemetry:
+        telemetry.config_text({"seed": 1}, members)
         telemetry.write(1, 10, {"adapt/ep_rew_mean_0": 1.0, "adapt/ep_rew_mean_12": 2.0})
-    (event,) = events(tmp_path).Tensors("custom_scalars__config__")
+    (event,) = events(run_dir).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    charts = {chart.title: chart for category in layout.category for chart in category.chart}
-    patterns = charts["return of training tasks after k updates"].multiline.tag
+    return {chart.title: chart for category in layout.category for chart in category.chart}
+
+
+def test_curves_that_belong_together_are_shown_together(tmp_path):
+    charts = charts_of(tmp_path, "adapting")
+    (pattern,) = charts["training after k"].multiline.tag
     tags = events(tmp_path).Tags()["scalars"]
-    assert [tag for tag in tags if re.fullmatch(patterns[0], tag)] == tags
+    assert [tag for tag in tags if re.fullmatch(pattern, tag)] == tags
     idle = charts["idle share of actors and learner"].multiline.tag
     assert list(idle) == ["perf/actor_idle_frac", "perf/learner_idle_frac"]
-    (series,) = charts["return, mean and 95 % interval"].margin.series
+
+
+def test_replicas_are_shown_with_their_interval(tmp_path):
+    (series,) = charts_of(tmp_path, "replicas")["mean and 95 % interval"].margin.series
     assert series.lower == "rollout/ep_rew_ci95_low"
