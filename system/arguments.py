@@ -96,6 +96,14 @@ class BenchArguments:
     """Where to write the result as JSON."""
 
 
+OF_A_RUN: dict[str, type] = {
+    "evaluate": EvaluateArguments,
+    "export": ExportArguments,
+    "bench": BenchArguments,
+}
+"""Verbs that need no preset, with what they take."""
+
+
 # --- Parsing ---
 
 
@@ -184,7 +192,7 @@ def flag_names(kind: type, learner: type | None = None) -> set[str]:
         inner = nested.get(f.name)
         if inner is not None:
             names |= flag_names(inner, learner)
-        elif f.name not in ("preset", "task_options", "run"):
+        elif f.name not in ("preset", "task_options", "run", "name"):
             names |= {f"--{f.name.replace('_', '-')}"}
     return names
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from actors.tasks import FAMILIES, closest
 from learners.core.errors import ConfigError
@@ -33,6 +34,7 @@ metaloop: distributed actor-learner meta-reinforcement learning
   metaloop bench NAME [flags]       seconds of a meta-iteration, and of its parts
   metaloop list                     presets, tasks, learners
   metaloop show PRESET [flags]      the resolved configuration
+  metaloop completion bash|zsh      completion of all this: source <(metaloop completion bash)
 
 `metaloop train PRESET --help` lists all flags; --task.OPTION VALUE sets an option of the task.
 """
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench": bench,
         "list": list_all,
         "show": show,
+        "completion": completion,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -205,6 +208,14 @@ def show(arguments: list[str]) -> int:
     """Metaloop show PRESET [flags]."""
     parsed = parse_config(arguments, "show")
     print(json.dumps(to_dict(parsed.config), indent=1))
+    return 0
+
+
+def completion(arguments: list[str]) -> int:
+    """Metaloop completion SHELL."""
+    from system.completion import script
+
+    print(script(*(arguments or [Path(os.environ.get("SHELL", "")).name])), end="")
     return 0
 
 
