@@ -24,6 +24,7 @@ from ray.exceptions import (
 
 from actors.rollout import Carry, Receipt, Request
 from system.backend import Arrival, RolloutError, describe
+from system.last_words import told
 from system.ray_actors import Place, UnknownVersion, in_time, log
 
 IN_FLIGHT = 2
@@ -59,6 +60,8 @@ class Lane:
     in_flight: list[Any] = field(default_factory=list)
     slots: set[int] = field(default_factory=set)
     """What this process has collected."""
+    memory_mb: float = 0.0
+    """What it held beside what it shares, when it last answered."""
     leaving: bool = False
     """Whether it gets no more work, because its memory grows."""
     back: Any = None
@@ -292,7 +295,7 @@ class ActorPool:
                 describe(request, error.cause, f"actor process {lane.pid}")
             ) from error
         except RayError as error:
-            self.miss(lane, error)
+            self.miss(lane, error, request)
             return None
         if received.worker != lane.pid:
             self.miss(lane, None)
@@ -302,14 +305,15 @@ class ActorPool:
 
     # --- Actors that die ---
 
-    def miss(self, lane: Lane, error: RayError | None) -> None:
+    def miss(self, lane: Lane, error: RayError | None, request: Request | None = None) -> None:
         """Gives an actor no work until it answers; without an error it is another process now."""
         if lane.back is not None:
             return
-        if error is not None:
+        if error is not None and request is not None:
+            died = describe(request, error, str(lane))
             log().warning(
-                "%s does not answer (%s); its chunks are collected by others until it is back",
-                *(lane, type(error).__name__),
+                "%s; its chunks are collected by others until it is back; %s",
+                *(died, told(lane.pid, lane.memory_mb)),
             )
         lane.back = lane.actor.where.remote()
 
@@ -330,6 +334,7 @@ class ActorPool:
             if place.pid != lane.pid or place.node != lane.place.node:
                 self.restarts += 1
                 before, lane.place, lane.slots = str(lane), place, set()
+                lane.memory_mb = 0.0
                 log().warning("%s is back as %s", before, lane)
 
     # --- Actors whose memory grows ---
@@ -340,7 +345,7 @@ class ActorPool:
         Raises:
             RolloutError: it does with environments that it has just made; so would the next one.
         """
-        limit = self.memory_mb
+        limit, lane.memory_mb = self.memory_mb, received.own_mb
         new = not lane.slots or (request.stream and request.slot.id not in lane.slots)
         lane.slots.add(request.slot.id)
         if not limit or received.own_mb <= limit:

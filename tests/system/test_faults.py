@@ -1,9 +1,11 @@
 """What fails, and what becomes of the run: actors, parameter server, learner, environments."""
 
 import json
+import logging
 import math
 import os
 import platform
+import re
 import signal
 from collections import Counter
 
@@ -84,11 +86,12 @@ def waiting_pids(orders):
 
 
 @on_ray
-@pytest.mark.parametrize("num_killed", [1, 2])
+@pytest.mark.parametrize(("num_killed", "number"), [(1, signal.SIGKILL), (2, signal.SIGSEGV)])
 def test_an_actor_killed_in_mid_iteration_changes_nothing(
-    backend, undisturbed, config, family, clusters, meanwhile, wait_until, num_killed,
-    assert_same_state,
+    backend, undisturbed, config, family, clusters, meanwhile, wait_until, num_killed, number,
+    assert_same_state, caplog,
 ):  # fmt: skip
+    caplog.set_level(logging.WARNING, "metaloop")
     loop = Loop(config, family, backend)
     _, counters, _ = iterations(loop, 1)
     restarts_before = backend.actor_restarts
@@ -103,7 +106,7 @@ def test_an_actor_killed_in_mid_iteration_changes_nothing(
         )
         assert ours >= set(victims)
         for pid in victims:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
         (orders / "wait").unlink()
 
     killed = meanwhile(kill)
@@ -111,6 +114,13 @@ def test_an_actor_killed_in_mid_iteration_changes_nothing(
     killed()
     assert_same_state(state, undisturbed[0])
     assert counters == undisturbed[1]  # environment steps are not counted twice
+    said = [r.getMessage() for r in caplog.records if "collected by others" in r.getMessage()]
+    assert len(said) == num_killed
+    for line in said:
+        assert re.search(
+            r"slot \d+ \(tasks .*failed in actor process \d+ on .*last held \d+ MB", line
+        )
+        assert ("Fatal Python error: Segmentation fault" in line) == (number == signal.SIGSEGV)
 
     # The others had done its work before it was back.
     def all_back():
