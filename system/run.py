@@ -310,8 +310,8 @@ def stop(folder: Path, counters: Counters, skipped: SkippedUpdate) -> NoReturn:
     raise StoppedRun(
         f"{counters.skipped_in_a_row} updates in a row were skipped, the last because "
         f"{failure.tensor} is not finite at iteration {skipped.iteration}. The member's data of "
-        f"that batch are in {evidence}; the newest checkpoint holds the last good state, from which "
-        "the same command with --backend serial goes on in one process"
+        f"that batch are in {evidence}; the newest checkpoint holds the last good state, from "
+        "which the same command with --backend serial goes on in one process"
     )
 
 
