@@ -70,28 +70,39 @@ class ExportArguments:
     """Where to write; by default the folder `rule` in the run's, where that is no URL."""
 
 
+BENCHES = ("sampling", "maml", "navigation", "lirpg", "frodo", "lpg", "rl2", "transport")
+
+
 @dataclass(frozen=True)
 class BenchArguments:
     """What `bench` takes."""
 
-    name: tyro.conf.Positional[Literal["lpg", "rl2"]]
-    """What is measured: lpg on small grids, or rl2 on tabular MDPs."""
+    name: tyro.conf.Positional[Literal[BENCHES]]  # type: ignore[valid-type]
+    """What is measured: environment steps, an iteration of a method, or Ray's transport."""
     iterations: int = 10
-    """Meta-iterations that are measured."""
+    """Meta-iterations, or rounds, that are measured."""
     warm_up: int = 2
     """Meta-iterations before them."""
+    seconds: float = 3.0
+    """Of each measurement of sampling."""
+    robot: Literal["half-cheetah", "ant"] = "half-cheetah"
+    """Of sampling."""
     width: int = 256
-    """Units of the recurrent networks."""
+    """Units of the recurrent networks of lpg and rl2."""
     num_members: int | None = None
-    """Lifetimes, by default 16; or trials, by default 2500."""
+    """Tasks, replicas, lifetimes or trials; by default as in the reference figures."""
     num_envs: int = 16
-    """Environments of each lifetime."""
+    """Environments of each lifetime of lpg."""
+    backend: Literal["ray", "serial"] = "serial"
+    """Where the meta-iterations run."""
+    num_actors: int = 2
+    """Rollout actors on Ray."""
     learner_threads: int = 2
     """CPU threads of the learner."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the learner computes."""
     compare: Path | None = None
-    """An earlier result, to print the ratio to."""
+    """An earlier result, to print the ratios to."""
     out: Path | None = None
     """Where to write the result as JSON."""
 

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from actors.tasks import FAMILIES, closest
@@ -31,7 +30,7 @@ metaloop: distributed actor-learner meta-reinforcement learning
                                     the same as a job of a Ray cluster
   metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
   metaloop export RUN [--out DIR]   the update rule of a run of lpg, for --rule
-  metaloop bench NAME [flags]       seconds of a meta-iteration, and of its parts
+  metaloop bench NAME [flags]       how fast it is, and where the time goes
   metaloop list                     presets, tasks, learners
   metaloop show PRESET [flags]      the resolved configuration
   metaloop completion bash|zsh      completion of all this: source <(metaloop completion bash)
@@ -174,13 +173,10 @@ def bench(arguments: list[str]) -> int:
     parsed = parse(BenchArguments, arguments, "bench")
     from system import bench as measurements
 
-    config = measurements.configured(parsed.name, parsed.width, parsed.num_members, parsed.num_envs)
-    runtime = replace(config.runtime, device=parsed.device, learner_threads=parsed.learner_threads)
-    config = replace(config, runtime=runtime)
-    result = measurements.measure(config, parsed.iterations, parsed.warm_up)
-    measurements.print_table(result, f"{parsed.name}, recurrent width {parsed.width}")
+    result = measurements.measure(parsed)
+    measurements.print_table(result)
     if parsed.compare is not None:
-        print(measurements.compare(result, parsed.compare))
+        print("\n".join(measurements.compare(result, parsed.compare)))
     if parsed.out is not None:
         parsed.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
