@@ -16,7 +16,6 @@ from learners.core.contract import Learner, State
 from learners.core.gru import GruPolicy
 from learners.core.intrinsic import REWARD
 from learners.core.networks import CONVOLUTIONS, num_layers
-from learners.core.params import expand_members
 from learners.core.policy import MIN_LOG_STD, Policy
 from learners.core.population import Agent, Population
 from learners.core.replicas import Replicas
@@ -62,25 +61,34 @@ def templates(learner: Learner) -> Networks:
     with torch.device("meta"):
         if isinstance(learner.policy, Population):
             return {ENTRY: learner.policy.policy_of(0).template()}
-        acting = expand_members(learner.policy.template(), 1)
-        return networks_of(learner, acting, learner.init([0]), 0)
+        generator = torch.Generator()
+        found = {ENTRY: learner.policy.template()}
+        if isinstance(learner, MamlTrpo):
+            found[ENTRY] = learner.init([0])["meta_params"]
+        if isinstance(learner, Replicas):
+            found["value"] = part(learner.networks.init(generator), VALUE)
+        if isinstance(learner, Lirpg):
+            found["reward"] = part(learner.intrinsic.init(generator), REWARD)
+        if isinstance(learner, Frodo):
+            found["target"] = learner.network.init(generator)
+    return found
 
 
-def describe(learner: Learner, spec: Spec, num_envs: int) -> dict[str, Any]:
+def describe(learner: Learner, spec: Spec, networks: Networks, num_envs: int) -> dict[str, Any]:
     """Observation, action, networks and adaptation.
 
     Args:
         learner: with the worlds of one member alone, where there are worlds.
         spec: its environments.
+        networks: those of a member, or their templates.
         num_envs: episodes of a task that an inner update learns from.
     """
-    entries = templates(learner)
     return {
-        "observation": describe_observation(spec, entries[ENTRY]),
+        "observation": describe_observation(spec, networks[ENTRY]),
         "action": describe_action(spec),
         "networks": {
             name: {**kind_of(learner, name, own), "tensors": shapes(own)}
-            for name, own in entries.items()
+            for name, own in networks.items()
         },
         "adaptation": describe_adaptation(learner, spec, num_envs),
     }

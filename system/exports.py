@@ -81,7 +81,7 @@ def export(folder: Path, out: Path | None, member: int | None = None) -> Path:
     learner = make_learner(config.learner, family.spec)
     member = chosen_member(folder, config, learner, member)
     networks, spec = of_member(learner, family.spec, config, state, member or 0)
-    about = describe(make_learner(config.learner, spec), spec, config.num_envs)
+    about = describe(make_learner(config.learner, spec), spec, networks, config.num_envs)
     out = out or folder / "export"
     out.mkdir(parents=True, exist_ok=True)
     hashes = {n: described_weights.save(p, out / file_of(n)) for n, p in networks.items()}
@@ -194,7 +194,8 @@ def load(path: Path) -> Export:
         learner = make_learner(learner_from_dict(said["method"], said["learner"]), spec)
         check_bounds(said["bounds"], spec)
         check_whole("num_envs", said["trained"]["num_envs"])
-        about, like = describe(learner, spec, said["trained"]["num_envs"]), templates(learner)
+        like = templates(learner)
+        about = describe(learner, spec, like, said["trained"]["num_envs"])
         hashes = dict(said["sha256"])
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ConfigError(f"{path / DESCRIPTION} describes no policy: {e}") from e

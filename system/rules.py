@@ -91,8 +91,7 @@ def load(path: Path) -> Params:
     """
     said = describe(path)
     rule = UpdateRule.of(LpgConfig(**{name: said[name] for name in SHAPE}))
-    with torch.device("meta"):
-        like = rule.init(torch.Generator())
+    like = rule.init(torch.Generator())
     return described_weights.load(path / WEIGHTS, said["sha256"], like, DESCRIPTION)
 
 
