@@ -200,7 +200,6 @@ def describe_adaptation(learner: Learner, spec: Spec, num_envs: int) -> dict[str
     if not isinstance(learner, MamlTrpo):
         return None
     c = learner.config
-    later = [LATER_SCALE] * (learner.num_evaluation_updates - 1)
     return {
         "kind": "policy gradient",
         "num_updates": learner.num_inner_updates,
@@ -208,7 +207,7 @@ def describe_adaptation(learner: Learner, spec: Spec, num_envs: int) -> dict[str
         "num_episodes": num_envs,
         "inner_lr": c.inner_lr,
         "learned_inner_lr": c.learn_inner_lr,
-        "evaluation_lr_scales": [1.0, *later],
+        "later_lr_scale": LATER_SCALE,
         "loss": c.inner_loss,
         "gamma": c.gamma,
         "gae_lambda": c.gae_lambda,

@@ -112,8 +112,9 @@ def test_the_documents_adaptation_is_the_learners(runs, start, name):
     learner, state = loaded.learner, {"meta_params": loaded.networks["policy"]}
     _, agents = learner.begin(state, 1)
     params = found["start"]
-    scales = loaded.said["adaptation"]["evaluation_lr_scales"]
-    assert len(scales) == learner.num_evaluation_updates == 3
+    how = loaded.said["adaptation"]
+    scales = [1.0, how["later_lr_scale"], how["later_lr_scale"]]
+    assert len(scales) == how["num_evaluation_updates"] == learner.num_evaluation_updates
     for scale in scales:
         episodes = found["collect"](params, torch.tensor([0.3, -0.4]))
         episodes[3][60:, 1] = 0.0
