@@ -61,6 +61,9 @@ from learners.core.trust_region import Curvature
 
 INNER_LR = "inner_lr."
 
+LATER_SCALE = 0.5
+"""Of the step size of an evaluation's updates after the first, as in the paper's figures."""
+
 INNER_METRICS = ("inner/loss", "inner/step_norm", "inner/kl")
 
 
@@ -128,7 +131,7 @@ class MamlTrpo:
         """θ_k+1. When evaluating, updates after the first take half the step."""
         _, inner_lr = self.split(state["meta_params"])
         if evaluating and agents.num_updates > 0:
-            inner_lr = {name: 0.5 * rate for name, rate in inner_lr.items()}
+            inner_lr = {name: LATER_SCALE * rate for name, rate in inner_lr.items()}
 
         def update(bounds: tuple[int, int]) -> Params:
             data = advantages(batch.members(*bounds), self.config.gamma, self.config.gae_lambda)

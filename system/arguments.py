@@ -67,7 +67,10 @@ class ExportArguments:
     run: tyro.conf.Positional[str]
     """Folder of the run, or its URL."""
     out: Path | None = None
-    """Where to write; by default the folder `rule` in the run's, where that is no URL."""
+    """Where to write; by default the folder `export` (lpg: `rule`) in the run's, where that is no
+    URL."""
+    member: int | None = None
+    """Which replica's policy; by default the best by the last record."""
 
 
 BENCHES = ("sampling", "maml", "navigation", "lirpg", "frodo", "lpg", "rl2", "transport")

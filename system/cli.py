@@ -29,7 +29,7 @@ metaloop: distributed actor-learner meta-reinforcement learning
   metaloop submit PRESET --address http://HEAD:8265 [flags]
                                     the same as a job of a Ray cluster
   metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
-  metaloop export RUN [--out DIR]   the update rule of a run of lpg, for --rule
+  metaloop export RUN [--out DIR]   the policy, or lpg's update rule, for torch alone
   metaloop bench NAME [flags]       how fast it is, and where the time goes
   metaloop list                     presets, tasks, learners
   metaloop show PRESET [flags]      the resolved configuration
@@ -155,13 +155,19 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def export(arguments: list[str]) -> int:
-    """Metaloop export RUN [--out DIR]."""
+    """Metaloop export RUN [--out DIR] [--member M]."""
     parsed = parse(ExportArguments, arguments, "export")
-    from system import mirror, rules, storage
+    from learners.config import LpgConfig
+    from system import exports, mirror, rules, run_folder, storage
 
     if parsed.out is None and storage.is_url(parsed.run):
-        raise ConfigError(f"{parsed.run} is a URL: say with --out DIR where to write the rule")
-    with mirror.copied(parsed.run) as folder:
+        raise ConfigError(f"{parsed.run} is a URL: say with --out DIR where to write")
+    with mirror.copied(parsed.run, also=exports.NEEDED) as folder:
+        if not isinstance(run_folder.read_config(folder).learner, LpgConfig):
+            print(f"policy  {exports.export(folder, parsed.out, parsed.member)}")
+            return 0
+        if parsed.member is not None:
+            raise ConfigError("--member is for policies of replicas; a run of lpg has one rule")
         out = rules.export(folder, parsed.out)
     print(f"rule  {out}")
     print(f"next  metaloop train lpg-agent/sampled --rule {out}")

@@ -202,13 +202,9 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     """
     values = dict(values)
     learner = dict(values.pop("learner"))
-    learner = {n: tuple(v) if isinstance(v, list) else v for n, v in learner.items()}
-    method = learner.pop("method", "maml-trpo")
-    if method not in METHODS:
-        raise ConfigError(f"this configuration has the unknown method {method!r}")
     try:
         return RunConfig(
-            learner=METHODS[method](**learner),
+            learner=learner_from_dict(learner.pop("method", "maml-trpo"), learner),
             runtime=RuntimeConfig(**values.pop("runtime")),
             **values,
         )
@@ -216,6 +212,19 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         raise ConfigError(
             f"this configuration is of another version of metaloop: {error}"
         ) from None
+
+
+def learner_from_dict(method: str, values: dict[str, Any]) -> LearnerConfig:
+    """A method's settings from JSON values.
+
+    Raises:
+        ConfigError: the method is unknown, or refuses a value.
+        TypeError: a setting is unknown, or of another type.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"this configuration has the unknown method {method!r}")
+    own: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+    return METHODS[method](**own)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

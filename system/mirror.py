@@ -101,8 +101,15 @@ def training(mirror: Mirror) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 
 @contextmanager
-def copied(place: str, timeout_s: float = RuntimeConfig.timeout_s) -> Iterator[Path]:
+def copied(
+    place: str, timeout_s: float = RuntimeConfig.timeout_s, also: Collection[str] = ()
+) -> Iterator[Path]:
     """A folder with the configuration and the checkpoints of a run, for as long as the block.
+
+    Args:
+        place: the run's folder, or its URL.
+        timeout_s: how long the storage may take to answer.
+        also: files that come along where they are there.
 
     Raises:
         ConfigError: the storage is unknown or refuses, or holds no run.
@@ -119,7 +126,7 @@ def copied(place: str, timeout_s: float = RuntimeConfig.timeout_s) -> Iterator[P
             if not any(file.startswith(f"{CHECKPOINTS}/") for file in there):
                 raise ConfigError(f"{remote.url} has no checkpoint yet")
             for file in sorted(there):
-                if file == CONFIG or file.startswith(f"{CHECKPOINTS}/"):
+                if file in (CONFIG, *also) or file.startswith(f"{CHECKPOINTS}/"):
                     with suppress(Missing):  # a run that goes on removes its old checkpoints
                         remote.fetch(file, Path(name) / file)
         except StorageError as error:

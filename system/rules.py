@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from actors.tasks import load_family
 from learners.config import LpgAgentConfig, LpgConfig, method_of
@@ -19,7 +15,7 @@ from learners.core.errors import ConfigError
 from learners.core.trajectory import Params
 from learners.core.update_rule import UpdateRule
 from learners.lpg import Lpg
-from system import run_folder
+from system import described_weights, run_folder
 from system.config import RunConfig
 
 WEIGHTS, DESCRIPTION = "rule.safetensors", "rule.json"
@@ -47,28 +43,16 @@ def export(folder: Path, out: Path | None) -> Path:
             f"{folder} is a run of {method_of(config.learner)}; what is exported is the rule of a "
             "run of lpg"
         )
-    restored = run_folder.restore(folder)
-    if restored is None:
-        raise ConfigError(f"{folder} has no checkpoint yet")
-    state, counters, _ = restored
+    state, counters, _ = run_folder.restore_newest(folder)
     out = out or folder / "rule"
     out.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.contiguous() for name, p in state["meta_params"].items()}
-    safetensors.torch.save_file(weights, out / WEIGHTS)
     said = {
         "format": FORMAT,
         "method": "lpg",
         **{name: getattr(config.learner, name) for name in SHAPE},
-        "sha256": digest(out / WEIGHTS),
+        "sha256": described_weights.save(state["meta_params"], out / WEIGHTS),
         "step_sizes": step_sizes(config, state),
-        "trained": {
-            "preset": config.preset,
-            "task": config.task,
-            "task_options": dict(config.task_options),
-            "seed": config.seed,
-            "iterations": counters.iteration,
-            "env_steps": counters.env_steps,
-        },
+        "trained": described_weights.origin(config, counters),
     }
     run_folder.write_json(out / DESCRIPTION, said)
     return out
@@ -94,21 +78,9 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is none, or it is of another format.
     """
-    try:
-        said: dict[str, Any] = json.loads((path / DESCRIPTION).read_text())
-    except OSError:
-        raise ConfigError(
-            f"{path} holds no rule: it has no {DESCRIPTION}. `metaloop export RUN` writes one"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{path / DESCRIPTION} cannot be read: {error}") from error
-    missing = [n for n in ("format", "sha256", *SHAPE) if n not in said]
-    if missing or said["format"] != FORMAT:
-        raise ConfigError(
-            f"{path / DESCRIPTION} is not of format {FORMAT}"
-            + (f": it lacks {', '.join(missing)}" if missing else f" but {said['format']!r}")
-        )
-    return said
+    return described_weights.read_description(
+        path / DESCRIPTION, "rule", FORMAT, ("sha256", *SHAPE)
+    )
 
 
 def load(path: Path) -> Params:
@@ -118,17 +90,9 @@ def load(path: Path) -> Params:
         ConfigError: the weights are missing, changed, or of other shapes than described.
     """
     said = describe(path)
-    weights = path / WEIGHTS
-    if not weights.exists():
-        raise ConfigError(f"{path} has no {WEIGHTS}")
-    if digest(weights) != said["sha256"]:
-        raise ConfigError(f"{weights} is not the file that {DESCRIPTION} describes: hashes differ")
-    params: dict[str, Tensor] = safetensors.torch.load_file(weights)
     rule = UpdateRule.of(LpgConfig(**{name: said[name] for name in SHAPE}))
-    wanted = {n: p.shape for n, p in rule.init(torch.Generator()).items()}
-    if {n: p.shape for n, p in params.items()} != wanted:
-        raise ConfigError(f"{weights} has entries or shapes that {DESCRIPTION} does not describe")
-    return params
+    like = rule.init(torch.Generator())
+    return described_weights.load(path / WEIGHTS, said["sha256"], like, DESCRIPTION)
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -153,8 +117,3 @@ def resolved(config: RunConfig) -> RunConfig:
             flag = name.replace("_", "-")
             print(f"--{flag} {given} has no effect: the rule has {said[name]}", file=sys.stderr)
     return replace(config, learner=replace(learner, **{name: said[name] for name in SHAPE}))
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -18,7 +18,6 @@ import safetensors.numpy
 from actors.family import TaskFamily
 from actors.tasks import load_family
 from learners.config import LpgAgentConfig
-from learners.core.errors import ConfigError
 from learners.core.trajectory import Metrics
 from system import checkpoint, comparison, evaluation, pictures, rules, run_folder
 from system.backend import Backend, LearnerDied
@@ -340,10 +339,7 @@ def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     eval_tasks = changes.pop("eval_tasks", None) or config.eval_tasks
     runtime = replace(config.runtime, num_learners=1, **changes)
     config = replace(config, eval_tasks=eval_tasks, runtime=runtime)
-    restored = run_folder.restore(folder)
-    if restored is None:
-        raise ConfigError(f"{folder} has no checkpoint yet")
-    state, counters, said = restored
+    state, counters, said = run_folder.restore_newest(folder)
     for line in said:
         print(line, file=sys.stderr)
     with running(config) as (_, backend, loop):

@@ -226,3 +226,16 @@ def restore(folder: Path) -> tuple[Any, Counters, list[str]] | None:
         for path, reason in loaded.refused
     ]
     return checkpoint.unflatten(loaded.tensors), Counters(**loaded.info["counters"]), said
+
+
+def restore_newest(folder: Path) -> tuple[Any, Counters, list[str]]:
+    """`restore` where there must be a checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+        CorruptCheckpoint: there are checkpoints and none can be used.
+    """
+    restored = restore(folder)
+    if restored is None:
+        raise ConfigError(f"{folder} has no checkpoint yet")
+    return restored

@@ -192,6 +192,12 @@ def _rewind(path: Path, iteration: int | None) -> list[dict[str, Any]]:
     return [row for _, row in kept]
 
 
+def last_record(path: Path) -> dict[str, Any]:
+    """What a `metrics.jsonl` recorded last, {} where it recorded nothing."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((row for line in reversed(lines) if (row := _row(line)) is not None), {})
+
+
 def _row(line: str) -> dict[str, Any] | None:
     """The row that a line spells, or None where it was cut short."""
     try:

@@ -40,8 +40,14 @@ TRIALS = ["--num-envs", "1", "--num-minibatches", "2"]
 PORT = ["--port", "0", "--host", "127.0.0.1"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def program(name: str, text: str = README) -> str:
+    """The block of Python that names itself so in its first line."""
+    (source,) = (block for block in blocks("python", text) if block.startswith(f"# {name}\n"))
+    return source
 
 
 def commands() -> list[str]:
@@ -87,6 +93,10 @@ def test_metaloop_commands(tmp_path: Path) -> None:
     assert "maml-trpo/navigation-2d" in outputs["metaloop list"]
     evaluated = next(text for line, text in outputs.items() if line.endswith("--json"))
     assert json.loads(evaluated)["preset"] == "maml-trpo/navigation-2d"
+    (tmp_path / "act.py").write_text(program("act.py"))
+    assert "`python act.py runs/ppo-cartpole-seed0/export`" in README
+    words = [sys.executable, "act.py", "runs/ppo-cartpole-seed0/export"]
+    assert run(words, tmp_path).startswith("return ")
     check_tensorboard(next(line for line in commands() if line.startswith("tensorboard")), tmp_path)
 
 
@@ -149,8 +159,7 @@ def test_cluster_commands_have_the_flags_that_they_name() -> None:
 
 @pytest.mark.slow
 def test_own_task_family(tmp_path: Path) -> None:
-    (source,) = blocks("python")
-    (tmp_path / "poles.py").write_text(source)
+    (tmp_path / "poles.py").write_text(program("poles.py"))
     command = "metaloop train maml-trpo/half-cheetah-dir --task poles:PoleMass"
     assert command in README.replace("\n", " ")
     out = run([*shlex.split(command), *SHORT, "--backend", "serial"], tmp_path)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 CLIP = 10.0
 
+RIDGE = 1e-5
+"""Added to the diagonal of the normal equations."""
+
 
 def features(obs: Tensor) -> Tensor:
     """[M, T, E, O] → [M, T, E, 2·O + 4]. The step t counts from the start of the chunk."""
@@ -22,7 +25,7 @@ def features(obs: Tensor) -> Tensor:
 
 
 def fit_predict(
-    obs: Tensor, returns: Tensor, valid: Tensor, ridge: float = 1e-5, tries: int = 5
+    obs: Tensor, returns: Tensor, valid: Tensor, ridge: float = RIDGE, tries: int = 5
 ) -> Tensor:
     """Least-squares prediction of `returns` by each member's own baseline, [M, T, E].
 

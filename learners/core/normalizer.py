@@ -18,6 +18,8 @@ from torch import Tensor
 from learners.core.trajectory import Params, Trajectory
 
 EPS = 1e-8
+CLIP = 10.0
+"""Largest size of a normalized value."""
 OBS_MEAN, OBS_STD, REWARD_STD = "norm.obs_mean", "norm.obs_std", "norm.reward_std"
 
 
@@ -35,7 +37,7 @@ class Normalizer:
     obs: bool
     reward: bool
     gamma: float
-    clip: float = 10.0
+    clip: float = CLIP
 
     def init(self, num_members: int, obs_size: int) -> Params:
         """Statistics of nothing yet: counts 0, means 0, variances 1, float64."""
@@ -73,12 +75,12 @@ class Normalizer:
         return new
 
 
-def normalize_obs(params: Params, obs: Tensor, clip: float = 10.0) -> Tensor:
+def normalize_obs(params: Params, obs: Tensor, clip: float = CLIP) -> Tensor:
     """Normalized observations [M, N, O] where `params` has statistics, else `obs` itself."""
     return normalization(params, clip)(obs)
 
 
-def normalization(params: Params, clip: float = 10.0) -> Callable[[Tensor], Tensor]:
+def normalization(params: Params, clip: float = CLIP) -> Callable[[Tensor], Tensor]:
     """`normalize_obs` with these `params`, prepared for many calls."""
     if OBS_MEAN not in params:
         return lambda obs: obs

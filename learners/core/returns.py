@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EPS = 1e-8
+"""Added to a deviation before it divides."""
+
 
 def reverse_scan(increment: Tensor, decay: Tensor) -> Tensor:
     """y_t = increment_t + decay_t · y_{t+1} with y_T = 0, along axis 1 of [M, T, E]."""
@@ -153,7 +156,7 @@ def continues(terminated: Tensor, valid: Tensor) -> Tensor:
     return valid * (~terminated).to(valid.dtype)
 
 
-def standardise(value: Tensor, valid: Tensor, eps: float = 1e-8) -> Tensor:
+def standardise(value: Tensor, valid: Tensor, eps: float = EPS) -> Tensor:
     """Shifts and scales each member's valid entries to mean 0 and deviation 1, [M, T, E]."""
     count = valid.sum((1, 2), keepdim=True).clamp_min(1.0)
     mean = (value * valid).sum((1, 2), keepdim=True) / count

@@ -13,7 +13,7 @@ import torch
 from fsspec.registry import known_implementations
 
 from learners.core.errors import ConfigError
-from system import cli, mirror, run, run_folder
+from system import cli, exports, mirror, run, run_folder
 from system.checkpoint import INFO, MANIFEST, STATE
 from system.config import RuntimeConfig
 from system.loop import Counters, Loop
@@ -170,8 +170,8 @@ def test_train_evaluate_and_export_take_urls(tmp_path, tiny_flags, capsys):
     assert json.loads(capsys.readouterr().out)["iteration"] == 1
     assert cli.main(["export", url]) == 2
     assert "--out DIR" in capsys.readouterr().err
-    assert cli.main(["export", url, "--out", str(tmp_path / "rule")]) == 2
-    assert "is a run of maml-trpo" in capsys.readouterr().err
+    assert cli.main(["export", url, "--out", str(tmp_path / "policy")]) == 0
+    assert exports.load(tmp_path / "policy").said["trained"]["iterations"] == 1
 
 
 @pytest.mark.parametrize(("names", "said"), [((), "holds no run"), (("config.json",), "has no ch")])

@@ -168,12 +168,16 @@ def test_exported_files_need_torch_and_safetensors_alone(rule, tmp_path):
     assert int(done.stdout) == sum(p.numel() for p in rules.load(rule).values())
 
 
-def test_another_learners_run_has_no_rule_to_export(metaloop, taught):
-    status, _, err = metaloop("export", taught)
-    assert status == 2
-    assert "run of lpg-agent" in err
-    assert "the rule of a run of lpg" in err
+def test_another_learners_run_has_no_rule_to_export(taught):
+    with pytest.raises(ConfigError, match="is a run of lpg-agent; what is exported"):
+        rules.export(taught, None)
     assert not (taught / "rule").exists()
+
+
+def test_a_rule_has_no_member(metaloop, trained):
+    status, _, err = metaloop("export", trained, "--member", "0")
+    assert status == 2
+    assert "a run of lpg has one rule" in err
 
 
 def test_what_is_no_run_or_has_no_checkpoint_is_refused(metaloop, trained, tmp_path):
