@@ -46,7 +46,7 @@ from learners.core.params import (
     leaves,
     unflatten,
 )
-from learners.core.policy import Distribution, Policy
+from learners.core.policy import Distribution, Policy, detached
 from learners.core.policy_gradient import Batch, advantages, inner_loss, surrogate
 from learners.core.reduce import ALONE, Reduce
 from learners.core.trajectory import (
@@ -75,6 +75,12 @@ class Block:
     query: Batch
     credit: Tensor  # [M], return after adaptation standardised over all tasks
     share: float  # 1 / number of all members
+
+    def envs(self, part: float) -> Block:
+        """The first environments of each member, at least one of them."""
+        stop = max(1, round(part * self.query.valid.shape[2]))
+        support = [batch.envs(stop) for batch in self.support]
+        return Block(support, self.query.envs(stop), self.credit, self.share)
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ class MamlTrpo:
                 )
             )
 
-        old = [graph.curvature.dist for graph in graphs]
+        old = [graph.dist for graph in graphs]
         evaluate = self.evaluation(meta_params, blocks, old, reduce)
         vector, metrics = trust_region.step(start, start_loss, gradient, product, evaluate, c)
         new = detach(unflatten(vector, meta_params))
@@ -272,7 +278,8 @@ class Linearised:
     """A block's adaptation around η, with the graphs that all products of an iteration share."""
 
     loss: Tensor  # [], the block's share of the outer loss
-    curvature: Curvature  # of π_θK at the query observations, by η
+    dist: Distribution  # π_θK at the query observations, detached
+    curvature: Curvature  # of π_θK at the query observations, or at some of them, by η
     inner_metrics: Tensor  # by `INNER_METRICS`
 
     @staticmethod
@@ -280,13 +287,19 @@ class Linearised:
         """Builds the graphs; `meta_params` must record gradient."""
         trace = learner.adapt(meta_params, block, create_graph=True)
         dist = learner.policy.distribution(trace[-1], block.query.obs)
-        valid = block.query.valid.flatten(1)
+        before = detached(dist)
+        part, acting = block, dist
+        if learner.config.curvature_share < 1.0:
+            part = block.envs(learner.config.curvature_share)
+            adapted = learner.adapt(meta_params, part, create_graph=True)[-1]
+            acting = learner.policy.distribution(adapted, part.query.obs)
+        valid = part.query.valid.flatten(1)
         weight = valid / valid.sum(1, keepdim=True).clamp_min(1.0) * block.share
-        curvature = Curvature.at(dist, meta_params, weight)
         return Linearised(
             loss=learner.objective(trace, dist, block),
-            curvature=curvature,
-            inner_metrics=inner_metrics(learner, trace, curvature.dist, block),
+            dist=before,
+            curvature=Curvature.at(acting, meta_params, weight),
+            inner_metrics=inner_metrics(learner, trace, before, block),
         )
 
     def gradient(self, meta_params: Params) -> Tensor:

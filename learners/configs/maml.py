@@ -46,6 +46,9 @@ class MamlTrpoConfig:
     """Products of the conjugate gradient."""
     cg_damping: float = 1e-5
     """Added to the diagonal of the curvature."""
+    curvature_share: float = 1.0
+    """Share of each member's environments whose steps the curvature is taken from. The gradient,
+    and what the line search looks at, are those of all."""
     line_search_ratio: float = 0.8
     """Shrinkage of each further try of the line search."""
     line_search_tries: int = 15
@@ -67,7 +70,8 @@ class MamlTrpoConfig:
             check_whole("hidden", width)
         for name in ("inner_lr", "max_kl", "init_std"):
             check_positive(name, getattr(self, name))
-        for name in ("gamma", "gae_lambda", "line_search_ratio"):
+        check_positive("curvature_share", self.curvature_share)
+        for name in ("gamma", "gae_lambda", "line_search_ratio", "curvature_share"):
             check_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("cg_damping", "exploration"):
             check_number(name, getattr(self, name), 0.0, sys.float_info.max)

@@ -26,6 +26,17 @@ class Batch:
         """Members start ≤ m < stop, as views."""
         return Batch(*(getattr(self, name)[start:stop] for name in self.__dataclass_fields__))
 
+    def envs(self, stop: int) -> Batch:
+        """The first environments, e < stop."""
+        shape = self.valid.shape
+        flat = {n: getattr(self, n).unflatten(1, shape[1:]) for n in ("obs", "action")}
+        return Batch(
+            **{name: steps[:, :, :stop].flatten(1, 2) for name, steps in flat.items()},
+            log_prob=self.log_prob[:, :, :stop],
+            advantage=self.advantage[:, :, :stop],
+            valid=self.valid[:, :, :stop],
+        )
+
 
 def advantages(trajectory: Trajectory, gamma: float, gae_lambda: float) -> Batch:
     """Fits each member's baseline to its own data and standardises its advantages."""

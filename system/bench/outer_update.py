@@ -59,7 +59,7 @@ def measure(config: RunConfig, repeats: int) -> dict[str, dict[str, float]]:
     meta_params = leaves(state["meta_params"])
     graphs = [Linearised.at(learner, meta_params, block) for block in blocks]
     start, direction = flatten(detach(meta_params)).double(), detach(meta_params)
-    search = learner.evaluation(meta_params, blocks, [g.curvature.dist for g in graphs], ALONE)
+    search = learner.evaluation(meta_params, blocks, [graph.dist for graph in graphs], ALONE)
 
     def of_graphs(work: Callable[[Linearised], Any]) -> Callable[[], Any]:
         return lambda: map_blocks(work, graphs, device)

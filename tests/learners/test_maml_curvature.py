@@ -1,6 +1,7 @@
 """Fisher-vector products of the whole adaptation against two dense oracles, in float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_fisher_product_equals_the_hessian_of_the_mean_kl(case):
         for block, graph in zip(blocks, graphs, strict=True):
             adapted = learner.adapt(moved, block, create_graph=True)[-1]
             new = as_torch(learner.policy.distribution(adapted, block.query.obs))
-            kl = torch.distributions.kl_divergence(as_torch(graph.curvature.dist), new)
+            kl = torch.distributions.kl_divergence(as_torch(graph.dist), new)
             per_member.append(kl[block.query.valid.flatten(1) > 0.0].mean())
         return torch.stack(per_member).mean()
 
@@ -156,3 +157,24 @@ def test_meta_update_takes_the_dense_natural_gradient_step(case):
     shrinkage = 0.6 ** (metrics["meta/line_search_tries"] - 1.0)
     moved = flatten(state["meta_params"]) - flatten(new["meta_params"])
     assert (moved - shrinkage * step).norm() < 1e-3 * step.norm() * shrinkage
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_the_curvature_of_a_share_is_that_of_its_environments_alone(discrete):
+    learner, meta_params, blocks = build((discrete, 1, "log_prob", "plain"))
+    num_envs = blocks[0].query.valid.shape[2]
+    assert num_envs > 1
+    part = replace(learner, config=replace(learner.config, curvature_share=0.5))
+    few = [block.envs(0.5) for block in blocks]
+    for batch in [batch for block in few for batch in (*block.support, block.query)]:
+        assert batch.valid.shape[2] == max(1, round(0.5 * num_envs))
+        assert batch.obs.shape[1] == batch.valid[0].numel()
+    graphs = linearise(part, meta_params, blocks)[1]
+    jacobian = reference_jacobian(learner, meta_params, few)
+    expected = jacobian.T @ reference.output_fisher(learner, meta_params, few) @ jacobian
+    torch.testing.assert_close(
+        dense_fisher(graphs, meta_params), expected, rtol=1e-6, atol=1e-7 * float(expected.norm())
+    )
+    for graph, whole in zip(graphs, linearise(learner, meta_params, blocks)[1], strict=True):
+        assert torch.equal(graph.gradient(meta_params), whole.gradient(meta_params))
+        assert torch.equal(graph.dist.tensors[0], whole.dist.tensors[0])
