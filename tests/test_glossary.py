@@ -44,7 +44,13 @@ RUNS = {
     "ppo": ("ppo/cartpole", "catch", {}, NARROW | EPOCH, {}),
     "td-lambda": ("td-lambda/random-walk-flip", "random-walk-flip", {}, {}, {}),
     "lirpg": ("lirpg/delayed-hopper", "delayed-hopper", {"horizon": 10}, NARROW | EPOCH, {}),
-    "lirpg, pixels": ("lirpg/atari-breakout", "atari-breakout", {}, {}, {"num_members": 1}),
+    "lirpg, pixels": (
+        "lirpg/atari-breakout",
+        "atari-breakout",
+        {"horizon": 20},
+        {},
+        {"num_members": 1, "num_envs": 1, "eval_tasks": 1},
+    ),
     "frodo": ("frodo/catch", "catch", {}, NARROW | {"num_inner_updates": 1, "num_steps": 6}, {}),
     "frodo, values": (
         "frodo/random-walk-flip",
