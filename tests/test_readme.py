@@ -19,9 +19,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from pages import ROOT, blocks, commands, links, named_files, read
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = read("README.md")
 BIN = Path(sys.executable).parent
 SHORT = [
     "--iterations",
@@ -40,15 +40,6 @@ TRIALS = ["--num-envs", "1", "--num-minibatches", "2"]
 PORT = ["--port", "0", "--host", "127.0.0.1"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def commands() -> list[str]:
-    lines = [line.strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def environment() -> dict[str, str]:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
@@ -65,7 +56,7 @@ def run(words: list[str], folder: Path) -> str:
 
 
 def test_known_commands() -> None:
-    assert {line.split()[0] for line in commands()} == {"make", "metaloop", "tensorboard"}
+    assert {line.split()[0] for line in commands(README)} == {"make", "metaloop", "tensorboard"}
 
 
 @pytest.mark.parametrize("target", ["train", "test", ".venv"])
@@ -79,7 +70,7 @@ def test_make_target_exists(target: str) -> None:
 @pytest.mark.slow
 def test_metaloop_commands(tmp_path: Path) -> None:
     outputs = {}
-    for line in commands():
+    for line in commands(README):
         words = shlex.split(line)
         if words[0] == "metaloop":
             short = [*SHORT, *(TRIALS if "rl2/" in line else [])]
@@ -87,7 +78,7 @@ def test_metaloop_commands(tmp_path: Path) -> None:
     assert "maml-trpo/navigation-2d" in outputs["metaloop list"]
     evaluated = next(text for line, text in outputs.items() if line.endswith("--json"))
     assert json.loads(evaluated)["preset"] == "maml-trpo/navigation-2d"
-    check_tensorboard(next(line for line in commands() if line.startswith("tensorboard")), tmp_path)
+    check_tensorboard(next(line for line in commands(README) if line.startswith("tensorboard")), tmp_path)
 
 
 def check_tensorboard(line: str, folder: Path) -> None:
@@ -123,7 +114,7 @@ def check_tensorboard(line: str, folder: Path) -> None:
 
 def cluster_commands(name: str) -> list[list[str]]:
     """The commands of the blocks for a cluster that begin with `name`."""
-    lines = [shlex.split(line, comments=True) for b in blocks("bash") for line in b.splitlines()]
+    lines = [shlex.split(line, comments=True) for b in blocks(README, "bash") for line in b.splitlines()]
     assert {words[0] for words in lines if words} == {"ray", "export", "ssh", "metaloop"}
     return [words for words in lines if words and words[0] == name]
 
@@ -149,7 +140,7 @@ def test_cluster_commands_have_the_flags_that_they_name() -> None:
 
 @pytest.mark.slow
 def test_own_task_family(tmp_path: Path) -> None:
-    (source,) = blocks("python")
+    (source,) = blocks(README, "python")
     (tmp_path / "poles.py").write_text(source)
     command = "metaloop train maml-trpo/half-cheetah-dir --task poles:PoleMass"
     assert command in README.replace("\n", " ")
@@ -169,9 +160,5 @@ def test_named_flags_exist() -> None:
 
 
 def test_named_files_exist() -> None:
-    for name in re.findall(
-        r"`((?:learners|system|actors|deploy|docs)/[\w/.]+\.(?:py|md))`", README
-    ):
+    for name in [*named_files(README), *links(README)]:
         assert (ROOT / name).exists(), name
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
