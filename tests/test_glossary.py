@@ -30,6 +30,16 @@ GROUPS = {
     "all": set(METHODS),
     "replicas": {"a2c", "ppo", "td-lambda", "lirpg", "frodo", "lpg-agent"},
 }
+PAGES = {
+    "maml-trpo": {"maml-trpo"},
+    "lirpg": {"lirpg"},
+    "frodo": {"frodo"},
+    "lpg": {"lpg", "lpg-agent"},
+    "rl2": {"rl2"},
+    "baselines": {"a2c", "ppo", "td-lambda"},
+}
+"""Pages under docs/learners/ and the methods that they are about."""
+
 NARROW = {"hidden": (8,)}
 EPOCH = {"num_steps": 16, "num_epochs": 1, "num_minibatches": 2}
 RULE = {"rule_width": 4, "num_predictions": 3, "embedding_width": 2, "hidden": (4,)}
@@ -153,6 +163,22 @@ def test_glossary_has_the_scalars_that_each_method_logs(logged):
 @pytest.mark.usefixtures("torch_threads")
 def test_glossary_has_the_pictures_that_each_method_logs(logged):
     assert listed("Pictures") == logged[1]
+
+
+def own_tags(methods: set[str]) -> set[str]:
+    """Tags, as the glossary writes them, whose row names one of the methods."""
+    sections = (*SCALARS, "Pictures", "Only with Ray")
+    whole = [row for heading in sections for row in rows(section(PAGE, heading))]
+    return {tag for tag, *_, said in whole if methods & set(re.split(r",\s*", said))}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_of_a_method_names_its_metrics(page):
+    said = set(re.findall(r"`\w+/[\w<>]+`", section(read(f"docs/learners/{page}.md"), "Metrics")))
+    allowed = own_tags(PAGES[page] | {"all", "replicas"})
+    tables = "Every run", "Adaptation"
+    optional = {row[0] for heading in tables for row in rows(section(PAGE, heading))}
+    assert own_tags(PAGES[page]) - optional <= said <= allowed
 
 
 def literals(path) -> set[str]:
