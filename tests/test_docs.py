@@ -6,6 +6,7 @@ file's name is that file; the others run one after the other, beside these files
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import io
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import ROOT, blocks, commands, links, named_files
+from pages import ROOT, blocks, commands, links, named_files, rows, section
 
 from learners import registry
 from learners.config import METHODS
@@ -204,3 +205,33 @@ def test_own_learner_learns_and_goes_on(folder, metaloop):
     returns = [json.loads(line)["rollout/ep_rew_mean"] for line in lines]
     assert len(returns) == 30
     assert returns[-1] > 2 * returns[0]
+
+
+def texts() -> list[str]:
+    """All strings of the source, … where something is put in."""
+    found = []
+    for floor in ("learners", "actors", "system"):
+        for path in (ROOT / floor).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                values = [getattr(part, "value", "…") for part in parts]
+                if isinstance(node, ast.JoinedStr | ast.Constant):
+                    found.append("".join(v if isinstance(v, str) else "…" for v in values))
+    return [re.sub(r"%[sd]|%\.1f", "…", text) for text in found]
+
+
+def test_messages_are_those_of_the_source():
+    page, known = PAGES["docs/troubleshooting.md"], texts()
+    headings = re.findall(r"^## (.*)$", page, re.MULTILINE)
+    said = [
+        message
+        for heading in headings
+        for first, *_ in rows(section(page, heading))
+        for message in re.findall(r"`([^`]+)`", first)
+        if message.count(" ") > 2
+    ]
+    assert len(said) > 40
+    for message in said:
+        parts = [part for part in message.split("…") if part]
+        pattern = re.compile(".*".join(re.escape(part) for part in parts), re.DOTALL)
+        assert any(pattern.search(text) for text in known), message
