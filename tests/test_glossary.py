@@ -95,7 +95,9 @@ def listed(*headings: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for heading in headings:
         for tag, *_, methods in rows(section(PAGE, heading)):
-            name = re.sub(r"_[km]$|<\w+>$", lambda end: "_*" if end[0][0] == "_" else "*", tag[1:-1])
+            name = re.sub(
+                r"_[km]$|<\w+>$", lambda end: "_*" if end[0][0] == "_" else "*", tag[1:-1]
+            )
             assert name not in found, f"{tag} is listed twice"
             said = [word.strip() for word in methods.split(",")]
             found[name] = set().union(*(GROUPS.get(word, {word}) for word in said))

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from pages import links, read
 
+from system.presets import PRESETS
+
+PRESET = "maml-trpo/navigation-2d"
 BOOK = json.loads(read("docs/evaluation.ipynb"))
 CODE = ["".join(cell["source"]) for cell in BOOK["cells"] if cell["cell_type"] == "code"]
 
@@ -41,10 +45,12 @@ def test_named_files_exist():
 
 @pytest.fixture
 def executed(tmp_path, monkeypatch):
-    """(changes) → what the cells left behind, run in a folder of their own."""
+    """() → what the cells left behind, run in a folder of their own, on shorter episodes."""
     import matplotlib
 
     monkeypatch.chdir(tmp_path)
+    short = replace(PRESETS[PRESET](), task_options={"horizon": 10})
+    monkeypatch.setitem(PRESETS, PRESET, lambda: short)
     before = matplotlib.get_backend()
     matplotlib.use("agg")
 
@@ -62,8 +68,9 @@ def executed(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("torch_threads")
-def test_every_cell_runs_and_runs_again(executed, tmp_path, capsys):
+def test_every_cell_runs_and_runs_again(executed, capsys):
     first = executed()
+    assert first["config"].preset == PRESET
     assert len(first["records"]) == first["config"].iterations
     shown = [len(figure.axes[0].get_lines()) for figure in figures()]
     assert shown == [len(first["shown"]), 2]

@@ -78,7 +78,9 @@ def test_metaloop_commands(tmp_path: Path) -> None:
     assert "maml-trpo/navigation-2d" in outputs["metaloop list"]
     evaluated = next(text for line, text in outputs.items() if line.endswith("--json"))
     assert json.loads(evaluated)["preset"] == "maml-trpo/navigation-2d"
-    check_tensorboard(next(line for line in commands(README) if line.startswith("tensorboard")), tmp_path)
+    check_tensorboard(
+        next(line for line in commands(README) if line.startswith("tensorboard")), tmp_path
+    )
 
 
 def check_tensorboard(line: str, folder: Path) -> None:
@@ -114,7 +116,9 @@ def check_tensorboard(line: str, folder: Path) -> None:
 
 def cluster_commands(name: str) -> list[list[str]]:
     """The commands of the blocks for a cluster that begin with `name`."""
-    lines = [shlex.split(line, comments=True) for b in blocks(README, "bash") for line in b.splitlines()]
+    lines = [
+        shlex.split(line, comments=True) for b in blocks(README, "bash") for line in b.splitlines()
+    ]
     assert {words[0] for words in lines if words} == {"ray", "export", "ssh", "metaloop"}
     return [words for words in lines if words and words[0] == name]
 
