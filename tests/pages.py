@@ -19,12 +19,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str, language: str = "sh") -> list[str]:
-    """The lines of the blocks of a language, without comments; a trailing backslash joins two."""
-    lines = [
-        line.strip()
-        for block in blocks(text, language)
-        for line in block.replace("\\\n", " ").splitlines()
-    ]
+    """The lines of the blocks of a language that are no comments."""
+    lines = [line.strip() for block in blocks(text, language) for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 

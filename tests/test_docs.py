@@ -13,7 +13,6 @@ import io
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -40,9 +39,6 @@ PARSED = {
     "bench": arguments.BenchArguments,
 }
 """Verbs that do too much to be run here, with what they take."""
-
-OTHERS = {"tensorboard", "pip", "ray", "ssh", "export", "kill", "source"}
-"""Programs of others, whose commands are not looked into."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ReinforceConfig.* does not match any type")
 """The example of a learner is registered at run time, and the page says so."""
@@ -90,14 +86,8 @@ def faults(line: str, files: list[str]) -> list[str]:
     if program == "metaloop":
         return metaloop_faults(words)
     if program == "python":
-        module = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
-        return missing([module])
-    if program == "pytest":
-        return missing([word for word in words if not word.startswith("-")])
-    if program == "make":
-        done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
-        return [done.stderr] if done.returncode else []
-    return [] if program in OTHERS else [f"{program} is a program that no page has had"]
+        return [] if (ROOT / words[0]).exists() else [f"there is no {words[0]}"]
+    return [f"{program} is a program that no page has had"]
 
 
 def metaloop_faults(words: list[str]) -> list[str]:
@@ -117,10 +107,6 @@ def metaloop_faults(words: list[str]) -> list[str]:
     else:
         arguments.parse(PARSED[verb], rest, verb)
     return []
-
-
-def missing(names: list[str]) -> list[str]:
-    return [f"there is no {name}" for name in names if not (ROOT / name).exists()]
 
 
 def commands_in_text(text: str) -> list[str]:
@@ -156,8 +142,6 @@ def refusal(line: str) -> str:
         "metaloop evaluate runs/x --tasks 3",
         "metaloop lists",
         "python docs/results/no.py",
-        "pytest tests/test_no.py",
-        "make nothing",
         "wget somewhere",
     ],
 )
