@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+from tests.pages import ROOT, blocks, commands, links, named_files, program, read
+
+README = read("README.md")
 BIN = Path(sys.executable).parent
 SHORT = [
     "--iterations",
@@ -40,21 +41,6 @@ TRIALS = ["--num-envs", "1", "--num-minibatches", "2"]
 PORT = ["--port", "0", "--host", "127.0.0.1"]
 
 
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
-def program(name: str, text: str = README) -> str:
-    """The block of Python that names itself so in its first line."""
-    (source,) = (block for block in blocks("python", text) if block.startswith(f"# {name}\n"))
-    return source
-
-
-def commands() -> list[str]:
-    lines = [line.strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
 def environment() -> dict[str, str]:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
@@ -71,7 +57,7 @@ def run(words: list[str], folder: Path) -> str:
 
 
 def test_known_commands() -> None:
-    assert {line.split()[0] for line in commands()} == {"make", "metaloop", "tensorboard"}
+    assert {line.split()[0] for line in commands(README)} == {"make", "metaloop", "tensorboard"}
 
 
 @pytest.mark.parametrize("target", ["train", "test", ".venv"])
@@ -85,7 +71,7 @@ def test_make_target_exists(target: str) -> None:
 @pytest.mark.slow
 def test_metaloop_commands(tmp_path: Path) -> None:
     outputs = {}
-    for line in commands():
+    for line in commands(README):
         words = shlex.split(line)
         if words[0] == "metaloop":
             short = [*SHORT, *(TRIALS if "rl2/" in line else [])]
@@ -93,11 +79,13 @@ def test_metaloop_commands(tmp_path: Path) -> None:
     assert "maml-trpo/navigation-2d" in outputs["metaloop list"]
     evaluated = next(text for line, text in outputs.items() if line.endswith("--json"))
     assert json.loads(evaluated)["preset"] == "maml-trpo/navigation-2d"
-    (tmp_path / "act.py").write_text(program("act.py"))
+    (tmp_path / "act.py").write_text(program(README, "act.py"))
     assert "`python act.py runs/ppo-cartpole-seed0/export`" in README
     words = [sys.executable, "act.py", "runs/ppo-cartpole-seed0/export"]
     assert run(words, tmp_path).startswith("return ")
-    check_tensorboard(next(line for line in commands() if line.startswith("tensorboard")), tmp_path)
+    check_tensorboard(
+        next(line for line in commands(README) if line.startswith("tensorboard")), tmp_path
+    )
 
 
 def check_tensorboard(line: str, folder: Path) -> None:
@@ -133,7 +121,9 @@ def check_tensorboard(line: str, folder: Path) -> None:
 
 def cluster_commands(name: str) -> list[list[str]]:
     """The commands of the blocks for a cluster that begin with `name`."""
-    lines = [shlex.split(line, comments=True) for b in blocks("bash") for line in b.splitlines()]
+    lines = [
+        shlex.split(line, comments=True) for b in blocks(README, "bash") for line in b.splitlines()
+    ]
     assert {words[0] for words in lines if words} == {"ray", "export", "ssh", "metaloop"}
     return [words for words in lines if words and words[0] == name]
 
@@ -159,7 +149,7 @@ def test_cluster_commands_have_the_flags_that_they_name() -> None:
 
 @pytest.mark.slow
 def test_own_task_family(tmp_path: Path) -> None:
-    (tmp_path / "poles.py").write_text(program("poles.py"))
+    (tmp_path / "poles.py").write_text(program(README, "poles.py"))
     command = "metaloop train maml-trpo/half-cheetah-dir --task poles:PoleMass"
     assert command in README.replace("\n", " ")
     out = run([*shlex.split(command), *SHORT, "--backend", "serial"], tmp_path)
@@ -178,9 +168,5 @@ def test_named_flags_exist() -> None:
 
 
 def test_named_files_exist() -> None:
-    for name in re.findall(
-        r"`((?:learners|system|actors|deploy|docs)/[\w/.]+\.(?:py|md))`", README
-    ):
+    for name in [*named_files(README), *links(README)]:
         assert (ROOT / name).exists(), name
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
