@@ -20,6 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from learners.core.trajectory import Metrics
+from system import markdown
+from system.config import flat
 
 HPARAMS_METRICS = ("rollout/ep_rew_mean", "adapt/gain")
 """Tags that TensorBoard's HPARAMS page shows beside the configuration."""
@@ -101,10 +103,12 @@ class Telemetry:
 
     def config_text(self, config: Mapping[str, Any]) -> None:
         """Records the resolved configuration as a table and as hparams, in this same run."""
-        flat = flat_settings(config)
-        self._events.add_text("config", markdown_table(flat), self._purge_step)
+        settings = flat_settings(config)
+        self._events.add_text(
+            "config", markdown.table(("setting", "value"), settings.items()), self._purge_step
+        )
         # SummaryWriter.add_hparams would open a second run in a sub-folder.
-        summaries = hparams(flat, dict.fromkeys(HPARAMS_METRICS, 0.0))  # type: ignore[no-untyped-call]
+        summaries = hparams(settings, dict.fromkeys(HPARAMS_METRICS, 0.0))  # type: ignore[no-untyped-call]
         file_writer: Any = self._events.file_writer
         for summary in summaries:
             file_writer.add_summary(summary, self._purge_step)
@@ -116,27 +120,12 @@ class Telemetry:
         self._lines.close()
 
 
-def flat_settings(
-    config: Mapping[str, Any], prefix: str = ""
-) -> dict[str, bool | int | float | str]:
+def flat_settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Nested settings as one level with dotted names; what is not a plain scalar becomes text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flat_settings(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float) else str(value)
-    return flat
-
-
-def markdown_table(settings: Mapping[str, object]) -> str:
-    """Two columns, one row per setting."""
-    cells = [
-        [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
-        for row in settings.items()
-    ]
-    lines = [f"| {name} | {value} |" for name, value in cells]
-    return "\n".join(["| setting | value |", "|---|---|", *lines])
+    return {
+        name: value if isinstance(value, bool | int | float) else str(value)
+        for name, value in flat(config).items()
+    }
 
 
 def _rewind(path: Path, iteration: int | None) -> list[dict[str, Any]]:
