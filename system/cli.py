@@ -14,6 +14,8 @@ from system.arguments import (
     BenchArguments,
     EvaluateArguments,
     ExportArguments,
+    PlotArguments,
+    ReportArguments,
     VisibleSubmitArguments,
     parse,
     parse_config,
@@ -29,6 +31,8 @@ metaloop: distributed actor-learner meta-reinforcement learning
   metaloop submit PRESET --address http://HEAD:8265 [flags]
                                     the same as a job of a Ray cluster
   metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
+  metaloop plot RUN … --out X.png   learning curves of several runs with their intervals, and more
+  metaloop report RUN [--out DIR]   report.md: what was run, what it reached, its pictures
   metaloop export RUN [--out DIR]   the update rule of a run of lpg, for --rule
   metaloop bench NAME [flags]       seconds of a meta-iteration, and of its parts
   metaloop list                     presets, tasks, learners
@@ -47,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": train,
         "submit": submit,
         "evaluate": evaluate,
+        "plot": plot,
+        "report": report,
         "export": export,
         "bench": bench,
         "list": list_all,
@@ -149,6 +155,35 @@ def evaluate(arguments: list[str]) -> int:
     else:
         evaluation.print_table(result)
         comparison.print_table(result)
+    return 0
+
+
+def plot(arguments: list[str]) -> int:
+    """Metaloop plot RUN … --out PICTURE [flags]."""
+    parsed = parse(PlotArguments, arguments, "plot")
+    from system import curves, plots, records
+
+    plots.check_format(parsed.out)
+    groups = curves.grouped(records.read_all(parsed.runs))
+    panels = curves.panels(groups, parsed.tag, parsed.statistic)
+    plots.save(plots.figure(panels, parsed.statistic), parsed.out)
+    plots.print_table(panels, parsed.statistic)
+    for remark in curves.remarks(groups, parsed.tag):
+        print(remark, file=sys.stderr)
+    print(f"picture  {parsed.out}")
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Metaloop report RUN [--out DIR]."""
+    parsed = parse(ReportArguments, arguments, "report")
+    from system import records, report, storage
+
+    if parsed.out is None and storage.is_url(parsed.run):
+        raise ConfigError(f"{parsed.run} is a URL: say with --out DIR where to write the report")
+    with records.at(parsed.run, records.is_record_or_event) as folder:
+        path = report.write(folder, parsed.run, parsed.out or folder)
+    print(f"report  {path}")
     return 0
 
 

@@ -22,6 +22,7 @@ from torch.utils.tensorboard.summary import hparams
 from learners.core.trajectory import Metrics
 from system import markdown
 from system.config import flat
+from system.records import EVENTS, METRICS, parse_row
 
 HPARAMS_METRICS = ("rollout/ep_rew_mean", "adapt/gain")
 """Tags that TensorBoard's HPARAMS page shows beside the configuration."""
@@ -48,13 +49,13 @@ class Telemetry:
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        rows = _rewind(run_dir / "metrics.jsonl", resume_step)
+        rows = _rewind(run_dir / METRICS, resume_step)
         # Events at the purge step and later disappear; the configuration is written at it, so
         # that resuming twice from one checkpoint leaves one copy.
         self._purge_step = max((row["env_steps"] for row in rows), default=-1) + 1
-        _wait_for_a_later_second(run_dir / "tb")
-        self._events = SummaryWriter(str(run_dir / "tb"), purge_step=self._purge_step)
-        self._lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        _wait_for_a_later_second(run_dir / EVENTS)
+        self._events = SummaryWriter(str(run_dir / EVENTS), purge_step=self._purge_step)
+        self._lines = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> Telemetry:
         return self
@@ -134,7 +135,7 @@ def _rewind(path: Path, iteration: int | None) -> list[dict[str, Any]]:
     The file is replaced in one step, so that an interruption leaves the old one or the new one.
     """
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
-    parsed = [(line, _row(line)) for line in lines]
+    parsed = [(line, parse_row(line)) for line in lines]
     kept = [
         (line, row)
         for line, row in parsed
@@ -147,16 +148,6 @@ def _rewind(path: Path, iteration: int | None) -> list[dict[str, Any]]:
         os.fsync(stream.fileno())
     os.replace(temporary, path)
     return [row for _, row in kept]
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """The row that a line spells, or None where it was cut short."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    whole = isinstance(row, dict) and {"iteration", "env_steps"} <= row.keys()
-    return row if whole else None
 
 
 def _wait_for_a_later_second(folder: Path) -> None:
