@@ -189,7 +189,7 @@ def choose(runs: Sequence[Records], tag: str | None) -> Choice:
         for run in runs:
             run.check_tag(tag)
         return Choice(tag, tag)
-    common = [t for t in runs[0].tags() if all(t in run.tags() for run in runs)]
+    common = [t for t in runs[0].tags if all(t in run.tags for run in runs)]
     ks = numbers(common, ADAPT)
     if len(ks) > 1:
         return Choice(RETURN, f"{ADAPT}{ks[-1]}", f"{ADAPT}{ks[0]}", ks[-1])
@@ -233,7 +233,7 @@ def curve(runs: Sequence[Records], tag: str) -> Curve:
 def evaluated(run: Records) -> list[dict[str, Any]]:
     """Rows with "k" and "mean" of a run's last evaluation, of its file or of the metrics."""
     rows: list[dict[str, Any]] = run.evaluation.get("adapt", [])
-    last = {k: run.series(f"{EVAL}{k}")[1][-1] for k in numbers(run.tags(), EVAL)}
+    last = {k: run.series(f"{EVAL}{k}")[1][-1] for k in numbers(run.tags, EVAL)}
     return rows or [{"k": k, "mean": mean} for k, mean in last.items()]
 
 

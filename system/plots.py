@@ -106,6 +106,7 @@ def learning(axes: Any, panel: Panel, statistic: str) -> None:
     axes.set_ylabel(panel.quantity)
     axes.set_title(panel.task, fontsize=11)
     axes.margins(x=0.02)
+    axes.set_xlim(left=0.0)
     axes.grid(alpha=0.3)
 
 

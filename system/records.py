@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -54,6 +55,7 @@ class Records:
         """The folder's name without the seed at its end."""
         return re.sub(r"[-_.]?seed[-_]?\d+$", "", self.name) or self.name
 
+    @cached_property
     def tags(self) -> dict[str, int]:
         """The metrics that are finite at least once, each with how often, in order."""
         counts: dict[str, int] = {}
@@ -65,7 +67,7 @@ class Records:
 
     def check_tag(self, tag: str) -> None:
         """Raises ConfigError with the closest tags unless the run recorded this one."""
-        known = self.tags()
+        known = self.tags
         if not known:
             raise ConfigError(f"{self.place} has recorded nothing yet: {METRICS} is empty")
         if tag not in known:
@@ -82,7 +84,7 @@ class Records:
     def replica_tags(self, tag: str) -> list[str]:
         """The metrics of single replicas that `tag` is the mean of."""
         stem = tag.replace("rollout/", "replica/")
-        return [] if stem == tag else [f"{stem}_{m}" for m in numbers(self.tags(), f"{stem}_")]
+        return [] if stem == tag else [f"{stem}_{m}" for m in numbers(self.tags, f"{stem}_")]
 
     def samples(self, tag: str) -> list[Sample]:
         """A metric of each replica, or of the run where it has none."""

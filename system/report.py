@@ -83,7 +83,7 @@ def title(run: Records) -> str:
 
 def steps(run: Records) -> str:
     """What the x-axis counts."""
-    of_replicas = any(tag.startswith("replica/") for tag in run.tags())
+    of_replicas = any(tag.startswith("replica/") for tag in run.tags)
     return "environment steps" + " of each replica" * of_replicas
 
 
@@ -168,7 +168,7 @@ def interval(row: Mapping[str, Any]) -> str:
 
 def last_values(run: Records) -> str:
     """The last value of each of the main metrics; of numbered ones some."""
-    tags = main_tags(list(run.tags()))
+    tags = main_tags(list(run.tags))
     if not tags:
         return f"There are none: {METRICS} is missing or empty."
     found = [(tag, *run.series(tag)) for tag in tags]
