@@ -61,6 +61,32 @@ class EvaluateArguments:
 
 
 @dataclass(frozen=True)
+class PlotArguments:
+    """What `plot` takes."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of the runs, or their URLs. Those that differ in nothing but the seed are one curve,
+    with a 95 % interval."""
+    out: Path
+    """The picture to write: .png or .svg."""
+    tag: str | None = None
+    """Metric to draw, as TensorBoard names it; by default returns, for methods that adapt before
+    and after."""
+    statistic: Literal["mean", "iqm"] = "mean"
+    """Over runs: their mean, or their interquartile mean."""
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """What `report` takes."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run, or its URL."""
+    out: Path | None = None
+    """Folder to write report.md and its pictures to; by default the run's, where that is no URL."""
+
+
+@dataclass(frozen=True)
 class ExportArguments:
     """What `export` takes."""
 
@@ -110,8 +136,10 @@ class BenchArguments:
     """Where to write the result as JSON."""
 
 
-OF_A_RUN: dict[str, type] = {
+WITHOUT_PRESET: dict[str, type] = {
     "evaluate": EvaluateArguments,
+    "plot": PlotArguments,
+    "report": ReportArguments,
     "export": ExportArguments,
     "bench": BenchArguments,
 }
@@ -206,7 +234,7 @@ def flag_names(kind: type, learner: type | None = None) -> set[str]:
         inner = nested.get(f.name)
         if inner is not None:
             names |= flag_names(inner, learner)
-        elif f.name not in ("preset", "task_options", "run", "name"):
+        elif f.name not in ("preset", "task_options", "run", "runs", "name"):
             names |= {f"--{f.name.replace('_', '-')}"}
     return names
 

@@ -14,6 +14,8 @@ from system.arguments import (
     BenchArguments,
     EvaluateArguments,
     ExportArguments,
+    PlotArguments,
+    ReportArguments,
     VisibleSubmitArguments,
     parse,
     parse_config,
@@ -29,6 +31,8 @@ metaloop: distributed actor-learner meta-reinforcement learning
   metaloop submit PRESET --address http://HEAD:8265 [flags]
                                     the same as a job of a Ray cluster
   metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
+  metaloop plot RUN … --out X.png   learning curves of several runs with their intervals, and more
+  metaloop report RUN [--out DIR]   report.md: what was run, what it reached, its pictures
   metaloop export RUN [--out DIR]   the policy, or lpg's update rule, for torch alone
   metaloop bench NAME [flags]       how fast it is, and where the time goes
   metaloop list                     presets, tasks, learners
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": train,
         "submit": submit,
         "evaluate": evaluate,
+        "plot": plot,
+        "report": report,
         "export": export,
         "bench": bench,
         "list": list_all,
@@ -154,6 +160,35 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def plot(arguments: list[str]) -> int:
+    """Metaloop plot RUN … --out PICTURE [flags]."""
+    parsed = parse(PlotArguments, arguments, "plot")
+    from system import curves, plots, records
+
+    plots.check_format(parsed.out)
+    groups = curves.grouped(records.read_all(parsed.runs))
+    panels = curves.panels(groups, parsed.tag, parsed.statistic)
+    plots.save(plots.figure(panels, parsed.statistic), parsed.out)
+    plots.print_table(panels, parsed.statistic)
+    for remark in curves.remarks(groups, parsed.tag):
+        print(remark, file=sys.stderr)
+    print(f"picture  {parsed.out}")
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Metaloop report RUN [--out DIR]."""
+    parsed = parse(ReportArguments, arguments, "report")
+    from system import records, report, storage
+
+    if parsed.out is None and storage.is_url(parsed.run):
+        raise ConfigError(f"{parsed.run} is a URL: say with --out DIR where to write the report")
+    with records.at(parsed.run, records.is_record_or_event) as folder:
+        path = report.write(folder, parsed.run, parsed.out or folder)
+    print(f"report  {path}")
+    return 0
+
+
 def export(arguments: list[str]) -> int:
     """Metaloop export RUN [--out DIR] [--member M]."""
     parsed = parse(ExportArguments, arguments, "export")
@@ -162,7 +197,7 @@ def export(arguments: list[str]) -> int:
 
     if parsed.out is None and storage.is_url(parsed.run):
         raise ConfigError(f"{parsed.run} is a URL: say with --out DIR where to write")
-    with mirror.copied(parsed.run, also=exports.NEEDED) as folder:
+    with mirror.copied(parsed.run, wanted=exports.is_needed) as folder:
         if not isinstance(run_folder.read_config(folder).learner, LpgConfig):
             print(f"policy  {exports.export(folder, parsed.out, parsed.member)}")
             return 0

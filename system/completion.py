@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from learners.config import METHODS
 from learners.core.errors import ConfigError
-from system.arguments import OF_A_RUN, SubmitArguments, TrainArguments, flag_names
+from system.arguments import WITHOUT_PRESET, SubmitArguments, TrainArguments, flag_names
 from system.config import RunConfig, RuntimeConfig
 from system.presets import PRESETS
 
@@ -54,7 +54,7 @@ def script(shell: str) -> str:
     if shell not in SHELLS:
         raise ConfigError(f"there is completion for {' and '.join(SHELLS)}, not for {shell!r}")
     text = SCRIPT.format(
-        verbs=words([*OF_A_PRESET, *OF_A_RUN, "list", "completion"]),
+        verbs=words([*OF_A_PRESET, *WITHOUT_PRESET, "list", "completion"]),
         presets=words(PRESETS),
         of_a_preset=f"@({'|'.join(OF_A_PRESET)})",
         values=cases((f"--{name}", values) for name, values in choices().items()),
@@ -69,13 +69,13 @@ def flags() -> Iterator[tuple[str, Iterable[str]]]:
     for verb, kind in OF_A_PRESET.items():
         for method, learner in METHODS.items():
             yield f"{verb}:{method}/*", sorted(flag_names(kind, learner))
-    for verb, of_a_run in OF_A_RUN.items():
-        yield f"{verb}:*", sorted(flag_names(of_a_run))
+    for verb, own in WITHOUT_PRESET.items():
+        yield f"{verb}:*", sorted(flag_names(own))
 
 
 def choices() -> dict[str, tuple[str, ...]]:
     """Values of the flags that take one of a few, by the flag without its dashes."""
-    kinds = (RunConfig, RuntimeConfig, *METHODS.values(), *OF_A_RUN.values())
+    kinds = (RunConfig, RuntimeConfig, *METHODS.values(), *WITHOUT_PRESET.values())
     found: dict[str, tuple[str, ...]] = {}
     for kind in kinds:
         hints = typing.get_type_hints(kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -227,18 +228,19 @@ def learner_from_dict(method: str, values: dict[str, Any]) -> LearnerConfig:
     return METHODS[method](**own)
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level with dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = value
+    return out
+
+
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(field, old, new) where two configurations differ in what is learned."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for name, value in values.items():
-            if isinstance(value, dict):
-                out |= flat(value, f"{prefix}{name}.")
-            else:
-                out[prefix + name] = value
-        return out
-
     a, b = flat(to_dict(old)), flat(to_dict(new))
     names = [n for n in {**a, **b} if n.split(".")[0] not in MAY_CHANGE]
     absent = "(not set)"

@@ -26,19 +26,17 @@ from learners.core.replicas import Replicas
 from learners.core.trajectory import Spec, World
 from learners.lpg_agent import LpgAgent
 from learners.registry import make_learner
-from system import described_weights, run_folder
+from system import described_weights, records, run_folder
 from system.config import RunConfig, learner_from_dict, to_dict
 from system.export_description import Networks, describe, networks_of, templates
-from system.telemetry import last_record
+from system.mirror import is_in_checkpoint
+from system.records import META, METRICS
 
 DESCRIPTION = "policy.json"
 FORMAT = 1
 DERIVED = ("observation", "action", "networks", "adaptation")
 """Fields that follow from those before them."""
 FIELDS = ("method", "learner", "spec", "bounds", *DERIVED, "sha256", "trained", "versions")
-METRICS = "metrics.jsonl"
-NEEDED = (run_folder.META, METRICS)
-"""Files of a run that an export reads beside configuration and checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,11 @@ class Export:
     said: dict[str, Any]
     learner: Learner
     networks: Networks
+
+
+def is_needed(name: str) -> bool:
+    """Whether an export reads this file of a run's folder."""
+    return name in (META, METRICS) or is_in_checkpoint(name)
 
 
 # --- Writing ---
@@ -99,7 +102,7 @@ def export(folder: Path, out: Path | None, member: int | None = None) -> Path:
             "num_envs": config.num_envs,
             "member": member,
         },
-        "versions": json.loads((folder / run_folder.META).read_text())["versions"],
+        "versions": json.loads((folder / META).read_text())["versions"],
     }
     run_folder.write_json(out / DESCRIPTION, said)
     return out
@@ -126,13 +129,19 @@ def chosen_member(
             "only runs of replicas have several"
         )
     if member is None:
-        return best_member(last_record(folder / METRICS), config.num_members)
+        return best_member(last_record(folder), config.num_members)
     if not 0 <= member < config.num_members:
         raise ConfigError(
             f"--member must lie in [0, {config.num_members - 1}], not {member}: the run has "
             f"{config.num_members} replicas"
         )
     return member
+
+
+def last_record(folder: Path) -> Mapping[str, Any]:
+    """What a run recorded last; empty where it recorded nothing."""
+    rows = records.read_rows(folder / METRICS)
+    return rows[-1] if rows else {}
 
 
 def best_member(record: Mapping[str, Any], num_members: int) -> int:

@@ -39,7 +39,8 @@ from learners.core.errors import ConfigError
 from system import run_folder
 from system.checkpoint import MANIFEST, REPLACED, TEMPORARY
 from system.config import RuntimeConfig
-from system.run_folder import CHECKPOINTS, CONFIG, LOCK
+from system.records import CONFIG
+from system.run_folder import CHECKPOINTS, LOCK
 from system.storage import ADVICE, PART, Missing, Remote, StorageError, is_url
 
 LEASE, RECORD = "lease.json", "mirror.json"
@@ -102,14 +103,17 @@ def training(mirror: Mirror) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 @contextmanager
 def copied(
-    place: str, timeout_s: float = RuntimeConfig.timeout_s, also: Collection[str] = ()
+    place: str,
+    timeout_s: float = RuntimeConfig.timeout_s,
+    wanted: Callable[[str], bool] | None = None,
 ) -> Iterator[Path]:
     """A folder with the configuration and the checkpoints of a run, for as long as the block.
 
     Args:
-        place: the run's folder, or its URL.
-        timeout_s: how long the storage may take to answer.
-        also: files that come along where they are there.
+        place: a folder, which is taken as it is, or a URL.
+        timeout_s: how long an answer is waited for.
+        wanted: which files to copy beside the configuration, by their names; by default those of
+            the checkpoints.
 
     Raises:
         ConfigError: the storage is unknown or refuses, or holds no run.
@@ -123,15 +127,21 @@ def copied(
             there = complete(remote.names())
             if CONFIG not in there:
                 raise ConfigError(f"{remote.url} holds no run: it has no {CONFIG}")
-            if not any(file.startswith(f"{CHECKPOINTS}/") for file in there):
+            chosen = wanted or is_in_checkpoint
+            if not any(map(chosen, there)):
                 raise ConfigError(f"{remote.url} has no checkpoint yet")
             for file in sorted(there):
-                if file in (CONFIG, *also) or file.startswith(f"{CHECKPOINTS}/"):
+                if file == CONFIG or chosen(file):
                     with suppress(Missing):  # a run that goes on removes its old checkpoints
                         remote.fetch(file, Path(name) / file)
         except StorageError as error:
             raise ConfigError(f"{error}. {ADVICE}") from error
         yield Path(name)
+
+
+def is_in_checkpoint(name: str) -> bool:
+    """Whether a file of a run's folder belongs to a checkpoint."""
+    return name.startswith(f"{CHECKPOINTS}/")
 
 
 def cache_folder(url: str) -> Path:
@@ -309,7 +319,7 @@ class Mirror:
             for name in sorted(changed, key=in_order):
                 self.send(name)
             for name in sorted(there - here.keys(), key=in_order, reverse=True):
-                if name.startswith(f"{CHECKPOINTS}/") or name.endswith(PART):
+                if is_in_checkpoint(name) or name.endswith(PART):
                     self.remove(name)
         except StorageError as error:
             unsent = {n for n in changed if self.sent.get(n) != stamp(here[n])}
@@ -408,7 +418,7 @@ def complete(names: Collection[str]) -> set[str]:
 def in_order(name: str) -> tuple[bool, bool, str, bool, str]:
     """Sorts as files are sent: what says that it is a run, records, checkpoints one by one."""
     path = PurePosixPath(name)
-    is_checkpoint = name.startswith(f"{CHECKPOINTS}/")
+    is_checkpoint = is_in_checkpoint(name)
     own = str(path.parent) if is_checkpoint else ""
     return is_checkpoint, name != CONFIG, own, path.name == MANIFEST, name
 

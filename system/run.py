@@ -26,6 +26,7 @@ from system.learner_host import choose_device
 from system.loop import Counters, FailedEvaluation, Loop, SkippedUpdate, evaluation_tasks
 from system.memory import check_replicas
 from system.progress import Progress
+from system.records import EVALUATION
 from system.seeds import Stream, make_seeds
 from system.serial_backend import SerialBackend
 from system.shares import check_shares
@@ -187,9 +188,7 @@ def train_from_newest(
             print(f"stopped at iteration {counters.iteration}; the same command goes on from there")
             return None
         result = result or evaluate_now(config, loop)
-    run_folder.write_json(
-        folder / run_folder.EVALUATION, result | {"iteration": counters.iteration}
-    )
+    run_folder.write_json(folder / EVALUATION, result | {"iteration": counters.iteration})
     return result
 
 

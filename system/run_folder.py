@@ -22,8 +22,8 @@ from learners.core.errors import ConfigError
 from system import checkpoint
 from system.config import RunConfig, differences, from_dict, to_dict
 from system.loop import Counters
+from system.records import CONFIG, META
 
-CONFIG, META, EVALUATION = "config.json", "meta.json", "evaluation.json"
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"
 """A file that the process which trains in a folder holds locked; that of nobody is left over."""

@@ -20,6 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from learners.core.trajectory import Metrics
+from system import markdown
+from system.config import flat
+from system.records import EVENTS, METRICS, parse_row
 
 HPARAMS_METRICS = ("rollout/ep_rew_mean", "adapt/gain")
 """Tags that TensorBoard's HPARAMS page shows beside the configuration."""
@@ -70,13 +73,13 @@ class Telemetry:
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        rows = _rewind(run_dir / "metrics.jsonl", resume_step)
+        rows = _rewind(run_dir / METRICS, resume_step)
         # Events at the purge step and later disappear; the configuration is written at it, so
         # that resuming twice from one checkpoint leaves one copy.
         self._purge_step = max((row["env_steps"] for row in rows), default=-1) + 1
-        _wait_for_a_later_second(run_dir / "tb")
-        self._events = SummaryWriter(str(run_dir / "tb"), purge_step=self._purge_step)
-        self._lines = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        _wait_for_a_later_second(run_dir / EVENTS)
+        self._events = SummaryWriter(str(run_dir / EVENTS), purge_step=self._purge_step)
+        self._lines = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> Telemetry:
         return self
@@ -130,10 +133,12 @@ class Telemetry:
             config: the resolved configuration.
             members: what members are, a key of `RETURNS`.
         """
-        flat = flat_settings(config)
-        self._events.add_text("config", markdown_table(flat), self._purge_step)
+        settings = flat_settings(config)
+        self._events.add_text(
+            "config", markdown.table(("setting", "value"), settings.items()), self._purge_step
+        )
         # SummaryWriter.add_hparams would open a second run in a sub-folder.
-        summaries = hparams(flat, dict.fromkeys(HPARAMS_METRICS, 0.0))  # type: ignore[no-untyped-call]
+        summaries = hparams(settings, dict.fromkeys(HPARAMS_METRICS, 0.0))  # type: ignore[no-untyped-call]
         file_writer: Any = self._events.file_writer
         # Of add_custom_scalars' own the step cannot be given.
         charts = {"returns": RETURNS[members], "where the time goes": TIME}
@@ -148,27 +153,12 @@ class Telemetry:
         self._lines.close()
 
 
-def flat_settings(
-    config: Mapping[str, Any], prefix: str = ""
-) -> dict[str, bool | int | float | str]:
+def flat_settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Nested settings as one level with dotted names; what is not a plain scalar becomes text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flat_settings(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float) else str(value)
-    return flat
-
-
-def markdown_table(settings: Mapping[str, object]) -> str:
-    """Two columns, one row per setting."""
-    cells = [
-        [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row]
-        for row in settings.items()
-    ]
-    lines = [f"| {name} | {value} |" for name, value in cells]
-    return "\n".join(["| setting | value |", "|---|---|", *lines])
+    return {
+        name: value if isinstance(value, bool | int | float) else str(value)
+        for name, value in flat(config).items()
+    }
 
 
 def _rewind(path: Path, iteration: int | None) -> list[dict[str, Any]]:
@@ -177,7 +167,7 @@ def _rewind(path: Path, iteration: int | None) -> list[dict[str, Any]]:
     The file is replaced in one step, so that an interruption leaves the old one or the new one.
     """
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
-    parsed = [(line, _row(line)) for line in lines]
+    parsed = [(line, parse_row(line)) for line in lines]
     kept = [
         (line, row)
         for line, row in parsed
@@ -190,22 +180,6 @@ def _rewind(path: Path, iteration: int | None) -> list[dict[str, Any]]:
         os.fsync(stream.fileno())
     os.replace(temporary, path)
     return [row for _, row in kept]
-
-
-def last_record(path: Path) -> dict[str, Any]:
-    """What a `metrics.jsonl` recorded last, {} where it recorded nothing."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((row for line in reversed(lines) if (row := _row(line)) is not None), {})
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    """The row that a line spells, or None where it was cut short."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    whole = isinstance(row, dict) and {"iteration", "env_steps"} <= row.keys()
-    return row if whole else None
 
 
 def _wait_for_a_later_second(folder: Path) -> None:

@@ -34,9 +34,7 @@ PAGES = {
 PARSED = {
     "train": arguments.VisibleTrainArguments,
     "submit": arguments.VisibleSubmitArguments,
-    "evaluate": arguments.EvaluateArguments,
-    "export": arguments.ExportArguments,
-    "bench": arguments.BenchArguments,
+    **arguments.WITHOUT_PRESET,
 }
 """Verbs that do too much to be run here, with what they take."""
 

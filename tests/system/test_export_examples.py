@@ -3,7 +3,6 @@
 import ast
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +12,10 @@ from learners.core.params import expand_members
 from learners.core.reduce import ALONE
 from learners.core.trajectory import Trajectory
 from system import exports
+from tests.pages import program, read
 from tests.system.exported import Runs
-from tests.test_readme import README, program
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
-TEXTS = {"act.py": README, "adapt.py": DOCUMENT}
+TEXTS = {"act.py": read("README.md"), "adapt.py": read("docs/export.md")}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def start(tmp_path, monkeypatch):
 
     def run(name, export, as_name):
         path = tmp_path / name
-        path.write_text(program(name, TEXTS[name]))
+        path.write_text(program(TEXTS[name], name))
         monkeypatch.setattr(sys, "argv", [name, str(export)])
         return runpy.run_path(str(path), run_name=as_name)
 
@@ -42,7 +40,7 @@ def start(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_program_imports_nothing_of_this_project(name):
-    tree = ast.parse(program(name, TEXTS[name]))
+    tree = ast.parse(program(TEXTS[name], name))
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from system.statistics import iqm, mean_ci, stratified_bootstrap
+from system.statistics import (
+    iqm,
+    iqm_ci,
+    mean_ci,
+    probability_of_improvement,
+    stratified_bootstrap,
+)
 
 ARRAYS = hnp.arrays(np.float64, st.integers(1, 30), elements=st.floats(-1e6, 1e6))
 
@@ -100,6 +106,67 @@ def test_mean_ci_shapes_and_plain_numbers():
     assert mean_ci([7.0]) == (7.0, (7.0, 7.0))
 
 
+def test_iqm_ci_equals_a_slow_loop():
+    x = np.random.default_rng(4).normal(size=(6, 2))
+    drawn = np.random.default_rng(9).integers(6, size=(40, 6))
+    middle, (low, high) = iqm_ci(x, seed=9, confidence=0.8, resamples=40)
+    for j in range(2):
+        column = [slow_iqm([x[i, j] for i in draw]) for draw in drawn]
+        assert middle[j] == pytest.approx(slow_iqm(x[:, j].tolist()))
+        assert low[j] == pytest.approx(slow_quantile(column, 0.1))
+        assert high[j] == pytest.approx(slow_quantile(column, 0.9))
+
+
+def test_iqm_ci_shapes():
+    assert iqm_ci([7.0]) == (7.0, (7.0, 7.0))
+    middle, (low, high) = iqm_ci(np.ones((5, 3, 2)), resamples=20)
+    assert middle.shape == low.shape == high.shape == (3, 2)
+
+
+def slow_improvement(x, y):
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a in x for b in y]
+    return sum(wins) / len(wins)
+
+
+@settings(deadline=None)
+@given(
+    hnp.arrays(np.float64, st.integers(1, 8), elements=st.integers(-3, 3)),
+    hnp.arrays(np.float64, st.integers(1, 8), elements=st.integers(-3, 3)),
+)
+def test_probability_of_improvement_equals_a_slow_loop(x, y):
+    probability, (low, high) = probability_of_improvement(x, y, seed=3, resamples=20)
+    assert probability == pytest.approx(slow_improvement(x, y))
+    rng = np.random.default_rng(3)
+    counts = [rng.multinomial(len(side), [1 / len(side)] * len(side), size=20) for side in (x, y)]
+    drawn = [
+        slow_improvement(np.repeat(x, ours), np.repeat(y, theirs))
+        for ours, theirs in zip(*counts, strict=True)
+    ]
+    assert low == pytest.approx(slow_quantile(drawn, 0.025))
+    assert high == pytest.approx(slow_quantile(drawn, 0.975))
+
+
+def test_probability_of_improvement_by_hand():
+    assert probability_of_improvement([2.0, 3.0], [0.0, 1.0]) == (1.0, (1.0, 1.0))
+    assert probability_of_improvement([0.0], [1.0]) == (0.0, (0.0, 0.0))
+    assert probability_of_improvement([1.0, 1.0], [1.0]) == (0.5, (0.5, 0.5))
+    assert probability_of_improvement([0.0, 2.0], [1.0, -1.0])[0] == 0.75
+    with pytest.raises(ValueError, match=r"\[n\] and \[m\] but have shapes \(1, 2\), \(1,\)"):
+        probability_of_improvement([[1.0, 2.0]], [1.0])
+
+
+def test_the_interval_of_a_probability_covers_it():
+    def interval(pair, seed):
+        return probability_of_improvement(*pair, seed, resamples=200)[1]
+
+    # Two normal samples whose means are as far apart as makes the probability 0.76.
+    truth = 0.5 * (1.0 + math.erf(0.5))
+    share = coverage(
+        lambda rng: (rng.normal(1.0, 1.0, 20), rng.normal(0.0, 1.0, 20)), interval, truth
+    )
+    assert 0.88 <= share <= 0.99
+
+
 def test_columns_share_their_draws():
     x = np.random.default_rng(0).normal(size=10)
     _, (low, high) = mean_ci(np.stack([x, 2 * x], axis=1))
@@ -183,11 +250,12 @@ def test_inputs_are_not_changed():
     before = x.copy()
     iqm(x)
     mean_ci(x, resamples=5)
+    iqm_ci(x, resamples=5)
     stratified_bootstrap(x, resamples=5)
     assert np.array_equal(x, before)
 
 
-@pytest.mark.parametrize("function", [iqm, mean_ci, stratified_bootstrap])
+@pytest.mark.parametrize("function", [iqm, iqm_ci, mean_ci, stratified_bootstrap])
 def test_bad_values_are_counted(function):
     with pytest.raises(ValueError, match="2 are NaN and 1 are infinite"):
         function([[1.0, np.nan], [np.nan, np.inf]])

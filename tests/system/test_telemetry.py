@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
-from system.telemetry import Telemetry, flat_settings, markdown_table
+from system.telemetry import Telemetry, flat_settings
 
 TAGS = ("rollout/ep_rew_mean", "meta/loss")
 
@@ -215,16 +215,10 @@ def test_configuration_is_text_and_hparams_of_the_same_run(tmp_path):
     assert [path.is_file() for path in (tmp_path / "tb").iterdir()] == [True]
 
 
-def test_flat_settings_and_their_table():
+def test_flat_settings():
     config = {"a": {"b": {"c": 1}, "d": None}, "e": True, "f": "two\nlines", "g": (1, 2)}
     flat = flat_settings(config)
     assert flat == {"a.b.c": 1, "a.d": "None", "e": True, "f": "two\nlines", "g": "(1, 2)"}
-    assert markdown_table(flat).splitlines()[:3] == [
-        "| setting | value |",
-        "|---|---|",
-        "| a.b.c | 1 |",
-    ]
-    assert "| f | two lines |" in markdown_table(flat)
 
 
 def test_files_are_closed_after_an_error(tmp_path):
