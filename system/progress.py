@@ -97,7 +97,7 @@ class Progress:
 
 
 def describe(remaining: str, env_steps: int, metrics: Metrics) -> str:
-    """One line: remaining time, steps, speed, returns before -> after adaptation, restarts."""
+    """One line: remaining time, steps, speed, returns before -> after adaptation, lag, restarts."""
     returns = series(metrics, "adapt/ep_rew_mean_")
     if not returns and "rollout/ep_rew_mean" in metrics:
         returns = [metrics["rollout/ep_rew_mean"]]
@@ -106,6 +106,8 @@ def describe(remaining: str, env_steps: int, metrics: Metrics) -> str:
         parts.append(f"{number(metrics['perf/env_steps_per_s'], 0)} steps/s")
     if returns:
         parts.append(f"return {before_after(returns)}")
+    if "perf/policy_lag_mean" in metrics:
+        parts.append(f"lag {number(metrics['perf/policy_lag_mean'])}")
     if "sys/actor_restarts" in metrics:
         parts.append(f"restarts {number(metrics['sys/actor_restarts'], 0)}")
     return "  ".join(parts + evaluation_parts(metrics))

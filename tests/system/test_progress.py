@@ -148,3 +148,8 @@ def test_a_duration_reads_back(seconds):
     assert minutes < 60
     assert rest < 60
     assert 3600 * hours + 60 * minutes + rest == round(seconds)
+
+
+def test_lag_is_shown_where_there_can_be_some():
+    assert "lag" not in describe("-", 10, METRICS)
+    assert "  lag 0.75  restarts 2" in describe("-", 10, METRICS | {"perf/policy_lag_mean": 0.75})
