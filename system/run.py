@@ -319,6 +319,33 @@ def evaluate_now(config: RunConfig, loop: Loop) -> dict[str, Any]:
     )
 
 
+@contextmanager
+def restored(folder: Path, changes: dict[str, Any]) -> Iterator[tuple[Loop, Counters]]:
+    """The newest checkpoint of a run, to be looked at; its backend is ended with the block.
+
+    Args:
+        folder: the run's folder.
+        changes: fields of the runtime configuration that are to differ.
+
+    Raises:
+        ConfigError: no run, or no checkpoint, in the folder.
+    """
+    config = run_folder.read_config(folder)
+    runtime = replace(config.runtime, num_learners=1, **changes)
+    # Nothing is learned here, so that nothing lags; one process could not have it.
+    config = replace(config, max_lag=0, runtime=runtime)
+    found = run_folder.restore(folder)
+    if found is None:
+        raise ConfigError(f"{folder} has no checkpoint yet")
+    state, counters, said = found
+    for line in said:
+        print(line, file=sys.stderr)
+    with running(config) as (_, backend, loop):
+        loop.restore(run_folder.pop_loop_state(state))  # replicas have tasks of their own
+        backend.learner("set_state", state)
+        yield loop, counters
+
+
 def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Evaluates the newest checkpoint of a run.
 
@@ -329,19 +356,9 @@ def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: no run, or no checkpoint, in the folder.
     """
-    config = run_folder.read_config(folder)
-    eval_tasks = changes.pop("eval_tasks", None) or config.eval_tasks
-    runtime = replace(config.runtime, num_learners=1, **changes)
-    config = replace(config, eval_tasks=eval_tasks, runtime=runtime)
-    restored = run_folder.restore(folder)
-    if restored is None:
-        raise ConfigError(f"{folder} has no checkpoint yet")
-    state, counters, said = restored
-    for line in said:
-        print(line, file=sys.stderr)
-    with running(config) as (_, backend, loop):
-        loop.restore(run_folder.pop_loop_state(state))  # replicas have tasks of their own
-        backend.learner("set_state", state)
+    eval_tasks = changes.pop("eval_tasks", None)
+    with restored(folder, changes) as (loop, counters):
+        config = replace(loop.config, eval_tasks=eval_tasks or loop.config.eval_tasks)
         result = evaluate_now(config, loop)
         if loop.trials:
             tasks = evaluation_tasks(loop.family, config.seed, config.eval_tasks)
