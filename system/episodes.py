@@ -168,11 +168,14 @@ def record_adaptation(loop: Loop, tasks: Sequence[Task], num_updates: int) -> di
     in_a_row = 1 if num_updates or spec.num_episodes else max(1, SHORT // spec.horizon)
     slots = loop.slots(len(tasks), in_a_row)
     adapting = loop.slots(len(tasks), loop.config.num_envs if num_updates else 1)
-    return {
-        k: record(loop, slots, tasks, version)
-        for k, version, _ in loop.adapt(adapting, tasks, num_updates)
-        if k in (0, num_updates)
-    }
+    try:
+        return {
+            k: record(loop, slots, tasks, version)
+            for k, version, _ in loop.adapt(adapting, tasks, num_updates)
+            if k in (0, num_updates)
+        }
+    finally:
+        loop.act_again()
 
 
 def record(loop: Loop, slots: Sequence[Slot], tasks: Sequence[Task], version: int) -> Recording:

@@ -210,7 +210,10 @@ class Loop:
         tasks, num_envs = self.evaluation_members(num_tasks)
         slots = self.slots(len(tasks), num_envs)
         num_updates = self.plan.num_evaluation_updates
-        phases = [phase for _, _, phase in self.adapt(slots, tasks, num_updates)]
+        try:
+            phases = [phase for _, _, phase in self.adapt(slots, tasks, num_updates)]
+        finally:
+            self.act_again()
         last = phases[-1]
         if not self.lifetimes and not np.isfinite(last.member_return).all():
             member = int(np.flatnonzero(~np.isfinite(last.member_return))[0])
@@ -233,6 +236,8 @@ class Loop:
     ) -> Iterator[tuple[int, int, Phase]]:
         """Adapts members to tasks: how many updates came before, who acts, and what they earned.
 
+        Training goes on after `act_again`.
+
         Raises:
             FailedEvaluation: a tensor was not finite.
         """
@@ -251,8 +256,10 @@ class Loop:
                 if outcome.failure is not None:
                     raise FailedEvaluation(outcome.failure.tensor, k, tasks, outcome.failure.member)
                 version = outcome.version
+
+    def act_again(self) -> None:
+        """Publishes, after `adapt`, for the slots that train; who waits for them does so ahead."""
         if self.ahead is not None:
-            # Parameters were published for other slots: those that train come again.
             ranges = member_ranges(self.slots(self.config.num_members, self.config.num_envs))
             self.ahead.newest = self.backend.learner("begin", self.config.num_members, ranges)[1]
 

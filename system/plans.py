@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.scenes import Frame, Plan
-from system.pictures import new_figure, to_image
+from system.pictures import DPI, to_image
 
 SIZE = 3.2
 """Side of the picture, inches."""
@@ -26,11 +26,13 @@ def draw_plan(plans: Sequence[Plan]) -> Frame:
     the white dot and ends in the blue one.
     """
     from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     now, path = plans[-1], np.stack([plan.agent for plan in plans])
-    figure = new_figure(SIZE, SIZE)
-    axes = figure.subplots()
+    # Without a layout to find, drawing takes half the time.
+    figure = Figure(figsize=(SIZE, SIZE), dpi=DPI)
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     left, right, low, high = now.bounds
     axes.set(xlim=(left, right), ylim=(low, high), xticks=[], yticks=[], aspect="equal")
     for x, y in now.blocks - 0.5:
@@ -41,12 +43,12 @@ def draw_plan(plans: Sequence[Plan]) -> Frame:
             color = "tab:green" if worth > 0 else "tab:red"
             face = color if filled else "none"
             axes.plot(x, y, marker="s", markersize=9, color=color, markerfacecolor=face)
-    path = path + now.cell * DRIFT * np.sin(np.arange(len(path)) / DRIFT_STEPS)[:, None]
-    pieces = np.stack([path[:-1], path[1:]], 1)
-    age = np.arange(len(pieces))[::-1]
-    lines = LineCollection(list(pieces), cmap="plasma", alpha=np.where(age < TRAIL, 1.0, 0.15))
-    lines.set_array(np.arange(len(pieces)))
-    axes.add_collection(lines)
+    swaying = path + now.cell * DRIFT * np.sin(np.arange(len(path)) / DRIFT_STEPS)[:, None]
+    time = np.arange(len(path) - 1)
+    if len(time):
+        alpha = np.where(time >= len(time) - TRAIL, 1.0, 0.15)
+        pieces = list(np.stack([swaying[:-1], swaying[1:]], 1))
+        axes.add_collection(LineCollection(pieces, array=time, cmap="plasma", alpha=alpha))
     axes.plot(*path[0], marker="o", color="black", markerfacecolor="white")
     axes.plot(*path[-1], marker="o", color="tab:blue")
     return to_image(figure)

@@ -19,7 +19,7 @@ from actors.scenes import Drawable, Scene
 from learners.core.errors import ConfigError
 
 
-@dataclass
+@dataclass(eq=False)
 class Episode:
     """What was seen of an episode; the first scene is its start.
 

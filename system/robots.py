@@ -26,8 +26,8 @@ WIDTH, HEIGHT = 320, 240
 
 TIMEOUT_S = 600
 
-DISTANCE = 4.0
-"""Of the camera from the robot, in metres."""
+VIEW, VIEW_WITH_GOAL = (3.5, -15.0), (7.0, -35.0)
+"""The camera's distance from the robot, in metres, and its elevation, in degrees."""
 
 
 def draw(poses: Sequence[Pose]) -> list[Frame]:
@@ -98,10 +98,15 @@ def draw_here(folder: Path) -> None:
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
     camera = mujoco.MjvCamera()
-    camera.distance, camera.azimuth, camera.elevation = DISTANCE, 90.0, -15.0
+    camera.azimuth = 90.0
+    with_goal = np.isfinite(poses["goal"]).any()
+    camera.distance, camera.elevation = VIEW_WITH_GOAL if with_goal else VIEW
     camera.lookat[:] = data.subtree_com[0]
     frames = np.empty((len(poses["qpos"]), HEIGHT, WIDTH, 3), np.uint8)
     with mujoco.Renderer(model, HEIGHT, WIDTH) as renderer:
+        # Without a GPU these take most of the time.
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         for frame, qpos, goal in zip(frames, poses["qpos"], poses["goal"], strict=True):
             data.qpos[:] = qpos
             mujoco.mj_forward(model, data)

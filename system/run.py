@@ -31,6 +31,7 @@ from system.seeds import Stream, make_seeds
 from system.serial_backend import SerialBackend
 from system.shares import check_shares
 from system.telemetry import Telemetry
+from system.videos import Videos
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -196,6 +197,7 @@ def iterate(
         The counters, and the evaluation of the last iteration if there was one.
     """
     saved_at, result = time.monotonic(), None
+    videos = Videos(config.video_every)
     unwritten: list[Metrics] = []
     with Progress(config.iterations, counters.iteration, config.preset) as progress:
         while counters.iteration < config.iterations and not interrupt.asked:
@@ -219,6 +221,8 @@ def iterate(
                 described = loop.describe()
                 images, histograms = pictures.draw(described), pictures.histograms(described)
                 telemetry.show(own_steps(loop, counters), images, histograms)
+            if videos.due(counters.iteration):
+                videos.show(loop, telemetry, own_steps(loop, counters), progress.say)
             if skipped is not None and counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 save(config, folder, loop, counters, after_save)
                 stop(folder, counters, skipped)
