@@ -10,7 +10,7 @@ from actors.scenes import Frame, Plan
 from system.pictures import DPI, to_image
 
 SIZE = 3.2
-"""Side of the picture, inches."""
+"""Width of the picture, inches."""
 
 TRAIL = 100
 """Steps of a path that are drawn strongly; those before them are faint."""
@@ -30,10 +30,11 @@ def draw_plan(plans: Sequence[Plan]) -> Frame:
     from matplotlib.patches import Rectangle
 
     now, path = plans[-1], np.stack([plan.agent for plan in plans])
-    # Without a layout to find, drawing takes half the time.
-    figure = Figure(figsize=(SIZE, SIZE), dpi=DPI)
-    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     left, right, low, high = now.bounds
+    height = SIZE * abs((high - low) / (right - left))
+    # Without a layout to find, drawing takes half the time.
+    figure = Figure(figsize=(SIZE, height), dpi=DPI)
+    axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     axes.set(xlim=(left, right), ylim=(low, high), xticks=[], yticks=[], aspect="equal")
     for x, y in now.blocks - 0.5:
         axes.add_patch(Rectangle((x, y), 1.0, 1.0, color="0.35"))
