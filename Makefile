@@ -11,7 +11,7 @@ $(VENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[atari,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[atari,dev,video]'
 	touch $(VENV)
 
 train: $(VENV)

@@ -87,6 +87,25 @@ class ReportArguments:
 
 
 @dataclass(frozen=True)
+class RenderArguments:
+    """What `render` takes."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run, or its URL."""
+    out: Path
+    """Where to write, by its name a picture (.png), a film (.gif) or a video (.mp4)."""
+    tasks: int = 2
+    """Evaluation tasks, or replicas, that are shown."""
+    updates: int | None = None
+    """Inner updates before the episodes on the right; by default as many as an evaluation takes."""
+
+    def __post_init__(self) -> None:
+        """Refuses numbers of tasks that show nothing."""
+        if self.tasks < 1:
+            raise ConfigError(f"--tasks must be at least 1, not {self.tasks}")
+
+
+@dataclass(frozen=True)
 class ExportArguments:
     """What `export` takes."""
 
@@ -138,6 +157,7 @@ class BenchArguments:
 
 WITHOUT_PRESET: dict[str, type] = {
     "evaluate": EvaluateArguments,
+    "render": RenderArguments,
     "plot": PlotArguments,
     "report": ReportArguments,
     "export": ExportArguments,

@@ -15,6 +15,7 @@ from system.arguments import (
     EvaluateArguments,
     ExportArguments,
     PlotArguments,
+    RenderArguments,
     ReportArguments,
     VisibleSubmitArguments,
     parse,
@@ -31,6 +32,7 @@ metaloop: distributed actor-learner meta-reinforcement learning
   metaloop submit PRESET --address http://HEAD:8265 [flags]
                                     the same as a job of a Ray cluster
   metaloop evaluate RUN [--json]    adapt to evaluation tasks; returns after 0 … K+2 inner updates
+  metaloop render RUN --out FILE    what it does before and after adaptation: .png, .gif or .mp4
   metaloop plot RUN … --out X.png   learning curves of several runs with their intervals, and more
   metaloop report RUN [--out DIR]   report.md: what was run, what it reached, its pictures
   metaloop export RUN [--out DIR]   the policy, or lpg's update rule, for torch alone
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": train,
         "submit": submit,
         "evaluate": evaluate,
+        "render": render,
         "plot": plot,
         "report": report,
         "export": export,
@@ -157,6 +160,23 @@ def evaluate(arguments: list[str]) -> int:
     else:
         evaluation.print_table(result)
         comparison.print_table(result)
+    return 0
+
+
+def render(arguments: list[str]) -> int:
+    """Metaloop render RUN --out FILE [flags]."""
+    parsed = parse(RenderArguments, arguments, "render")
+    from system import episodes, frames, mirror, run
+
+    frames.check_format(parsed.out)
+    with (
+        mirror.copied(parsed.run) as folder,
+        run.restored(folder, {"backend": "serial", "device": "cpu", "address": None}) as (loop, _),
+    ):
+        shown = episodes.watch(loop, parsed.tasks, parsed.updates)
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        frames.write(shown, parsed.out)
+    print(parsed.out)
     return 0
 
 

@@ -114,6 +114,8 @@ class RunConfig:
     """Meta-iterations that one record averages over."""
     picture_every: int = 50
     """Meta-iterations between pictures in TensorBoard; 0 for none. LIRPG and FRODO have some."""
+    video_every: int = 0
+    """Meta-iterations between films of evaluation episodes in TensorBoard; 0 for none."""
     stagger: bool = False
     """Whether streams begin in the middle of episodes, each environment somewhere else. Where all
     episodes are equally long, environments that begin together would end together for ever."""
@@ -129,7 +131,7 @@ class RunConfig:
         for name in (*positive, "eval_tasks", "log_every"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("seed", "eval_every", "picture_every", "max_lag"):
+        for name in ("seed", "eval_every", "picture_every", "video_every", "max_lag"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.max_lag > 0:
@@ -183,7 +185,15 @@ def rollout_size(learner: LearnerConfig, num_envs: int) -> tuple[int, int]:
     return num_steps * num_envs, getattr(learner, "num_minibatches", 1)
 
 
-MAY_CHANGE = ("iterations", "eval_every", "eval_tasks", "log_every", "picture_every", "runtime")
+MAY_CHANGE = (
+    "iterations",
+    "eval_every",
+    "eval_tasks",
+    "log_every",
+    "picture_every",
+    "video_every",
+    "runtime",
+)
 """Fields that a resumed run may change: none of them alters what was learned so far."""
 
 

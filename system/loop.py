@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -103,11 +103,16 @@ class Loop:
         return self.streams and self.plan.num_inner_updates == 0
 
     @property
+    def lifetimes(self) -> bool:
+        """Whether members go on from window to window, each with what it has learned."""
+        return self.streams and not self.replicas
+
+    @property
     def kind(self) -> str:
         """What members are: "replicas", "lifetimes", or tasks and trials, which are "adapting"."""
         if self.replicas:
             return "replicas"
-        return "lifetimes" if self.streams else "adapting"
+        return "lifetimes" if self.lifetimes else "adapting"
 
     @property
     def trials(self) -> bool:
@@ -209,18 +214,42 @@ class Loop:
             of lifetimes that in each tenth, [M, 10], NaN where no episode ended in it; of trials
             that in each of the n episodes, [M, n].
         """
-        num_envs, num_members = self.config.num_envs, self.config.num_members
-        if not self.replicas:
-            tasks = evaluation_tasks(self.family, self.config.seed, num_tasks)
-        else:
-            num_envs = -(-num_tasks // num_members)
-            known = evaluation_tasks(self.family, self.config.seed, num_members)[:num_members]
-            tasks = self.members or known
+        tasks, num_envs = self.evaluation_members(num_tasks)
         slots = self.slots(len(tasks), num_envs)
-        _, version = self.backend.learner("begin", len(tasks), member_ranges(slots), True)
-        curve: list[np.ndarray] = []
         num_updates = self.plan.num_evaluation_updates
-        carries: dict[int, Any] | None = {} if self.streams and not self.replicas else None
+        try:
+            phases = [phase for _, _, phase in self.adapt(slots, tasks, num_updates)]
+        finally:
+            self.act_again()
+        last = phases[-1]
+        if not self.lifetimes and not np.isfinite(last.member_return).all():
+            member = int(np.flatnonzero(~np.isfinite(last.member_return))[0])
+            raise FailedEvaluation("episode_return", num_updates, tasks, member)
+        if self.trials:
+            return tasks, last.episodes
+        curve = np.stack([phase.member_return for phase in phases], 1)
+        return tasks, by_tenth(curve) if self.lifetimes else curve
+
+    def evaluation_members(self, num_tasks: int) -> tuple[list[Task], int]:
+        """The tasks of an evaluation, one for each member, and how many environments each has."""
+        config = self.config
+        if not self.replicas:
+            return evaluation_tasks(self.family, config.seed, num_tasks), config.num_envs
+        known = evaluation_tasks(self.family, config.seed, config.num_members)
+        return self.members or known[: config.num_members], -(-num_tasks // config.num_members)
+
+    def adapt(
+        self, slots: Sequence[Slot], tasks: Sequence[Task], num_updates: int
+    ) -> Iterator[tuple[int, int, Phase]]:
+        """Adapts members to tasks: how many updates came before, who acts, and what they earned.
+
+        Training goes on after `act_again`.
+
+        Raises:
+            FailedEvaluation: a tensor was not finite.
+        """
+        _, version = self.backend.learner("begin", len(tasks), member_ranges(slots), True)
+        carries: dict[int, Any] | None = {} if self.lifetimes else None
         for k in range(num_updates + 1):
             place = (Stream.EVALUATION, 0, k)
             handles, phase, stopped = self.collect(
@@ -228,23 +257,18 @@ class Loop:
             )
             if carries is not None:
                 carries = stopped
-            curve.append(phase.member_return)
+            yield k, version, phase
             if k < num_updates:
                 outcome = self.backend.learner("inner_update", True, *handles)
                 if outcome.failure is not None:
                     raise FailedEvaluation(outcome.failure.tensor, k, tasks, outcome.failure.member)
                 version = outcome.version
-            elif carries is None and not np.isfinite(phase.member_return).all():
-                member = int(np.flatnonzero(~np.isfinite(phase.member_return))[0])
-                raise FailedEvaluation("episode_return", k, tasks, member)
+
+    def act_again(self) -> None:
+        """Publishes, after `adapt`, for the slots that train; who waits for them does so ahead."""
         if self.ahead is not None:
-            # The evaluation published parameters for its own slots: those that train come again.
             ranges = member_ranges(self.slots(self.config.num_members, self.config.num_envs))
             self.ahead.newest = self.backend.learner("begin", self.config.num_members, ranges)[1]
-        if self.trials:
-            return tasks, phase.episodes
-        whole = np.stack(curve, 1)
-        return tasks, whole if carries is None else by_tenth(whole)
 
     def describe(self) -> dict[str, np.ndarray]:
         """What there is to show of the last update, and of the first member's trial."""

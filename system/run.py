@@ -31,6 +31,7 @@ from system.seeds import Stream, make_seeds
 from system.serial_backend import SerialBackend
 from system.shares import check_shares
 from system.telemetry import Telemetry
+from system.videos import Videos
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -206,6 +207,7 @@ def iterate(
         The counters, and the evaluation of the last iteration if there was one.
     """
     saved_at, result = time.monotonic(), None
+    videos = Videos(config.video_every)
     unwritten: list[Metrics] = []
     with Progress(config.iterations, counters.iteration, config.preset) as progress:
         while counters.iteration < config.iterations and not interrupt.asked and not sitting.over:
@@ -229,6 +231,8 @@ def iterate(
                 described = loop.describe()
                 images, histograms = pictures.draw(described), pictures.histograms(described)
                 telemetry.show(own_steps(loop, counters), images, histograms)
+            if videos.due(counters.iteration):
+                videos.show(loop, telemetry, own_steps(loop, counters), progress.say)
             if skipped is not None and counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 save(sitting, config, loop, counters)
                 stop(sitting.folder, counters, skipped)
@@ -324,6 +328,30 @@ def evaluate_now(config: RunConfig, loop: Loop) -> dict[str, Any]:
     )
 
 
+@contextmanager
+def restored(folder: Path, changes: dict[str, Any]) -> Iterator[tuple[Loop, Counters]]:
+    """The newest checkpoint of a run, to be looked at; its backend is ended with the block.
+
+    Args:
+        folder: the run's folder.
+        changes: fields of the runtime configuration that are to differ.
+
+    Raises:
+        ConfigError: no run, or no checkpoint, in the folder.
+    """
+    config = run_folder.read_config(folder)
+    runtime = replace(config.runtime, num_learners=1, **changes)
+    # Nothing is learned here, so that nothing lags; one process could not have it.
+    config = replace(config, max_lag=0, runtime=runtime)
+    state, counters, said = run_folder.restore_newest(folder)
+    for line in said:
+        print(line, file=sys.stderr)
+    with running(config) as (_, backend, loop):
+        loop.restore(run_folder.pop_loop_state(state))  # replicas have tasks of their own
+        backend.learner("set_state", state)
+        yield loop, counters
+
+
 def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Evaluates the newest checkpoint of a run.
 
@@ -334,16 +362,9 @@ def evaluate(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: no run, or no checkpoint, in the folder.
     """
-    config = run_folder.read_config(folder)
-    eval_tasks = changes.pop("eval_tasks", None) or config.eval_tasks
-    runtime = replace(config.runtime, num_learners=1, **changes)
-    config = replace(config, eval_tasks=eval_tasks, runtime=runtime)
-    state, counters, said = run_folder.restore_newest(folder)
-    for line in said:
-        print(line, file=sys.stderr)
-    with running(config) as (_, backend, loop):
-        loop.restore(run_folder.pop_loop_state(state))  # replicas have tasks of their own
-        backend.learner("set_state", state)
+    eval_tasks = changes.pop("eval_tasks", None)
+    with restored(folder, changes) as (loop, counters):
+        config = replace(loop.config, eval_tasks=eval_tasks or loop.config.eval_tasks)
         result = evaluate_now(config, loop)
         if loop.trials:
             tasks = evaluation_tasks(loop.family, config.seed, config.eval_tasks)

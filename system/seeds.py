@@ -19,6 +19,7 @@ class Stream(IntEnum):
     TRAIN = 2
     EVALUATION_TASKS = 3
     EVALUATION = 4
+    EPISODES = 5
 
 
 def make_seeds(run_seed: int, stream: Stream, *place: int, count: int = 2) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
@@ -124,6 +126,15 @@ class Telemetry:
             finite = values[np.isfinite(values)]
             if finite.size:
                 self._events.add_histogram(tag, finite, env_steps, bins=NUM_BINS)
+        self._events.flush()
+
+    def show_film(self, env_steps: int, tag: str, gif: bytes) -> None:
+        """Records a film, a GIF file, as an image that moves, at `env_steps` environment steps."""
+        width, height = struct.unpack("<HH", gif[6:10])  # after the six letters of "GIF89a"
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        file_writer: Any = self._events.file_writer
+        file_writer.add_summary(summary, env_steps)
         self._events.flush()
 
     def config_text(self, config: Mapping[str, Any], members: str = "adapting") -> None:

@@ -256,3 +256,8 @@ class AntGoalEnv(_AntEnv):
         """Four, less the L1 distance to the goal."""
         distance: Array = np.abs(self.qpos[:, :2] - self._task).sum(1)
         return 4.0 - distance
+
+    def goal(self, index: int) -> Array:
+        """The task's."""
+        goal: Array = self._task[index].copy()
+        return goal

@@ -14,6 +14,7 @@ from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import AtariPreprocessing
 
 from actors.family import OneTask
+from actors.scenes import Frame
 from actors.tasks import closest
 from actors.tasks.checks import (
     check_flag,
@@ -123,6 +124,8 @@ class AtariBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     An environment that has ended keeps its last observation, with reward 0, until the next reset.
     Rewards that fall while a reset presses buttons are in the next step's `raw_reward` alone.
     """
+
+    steps_per_second = 15.0
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own field)
 
@@ -234,6 +237,11 @@ class AtariBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _obs(self) -> np.ndarray:
         return self._frames.reshape(self.num_envs, -1).copy()
+
+    def scene(self, index: int) -> Frame:
+        """The screen in colour."""
+        screen: Frame = self._ales[index].getScreenRGB()
+        return screen
 
     def _arrays(self) -> dict[str, np.ndarray]:
         return {

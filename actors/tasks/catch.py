@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from gymnasium.spaces import Discrete
 from torch import Tensor
 
 from actors.family import OneTask, Task
+from actors.scenes import Frame
 from actors.tasks.array_env import ArrayEnv
 from actors.tasks.checks import check_whole
 from learners.core.trajectory import Spec
+
+CELL_PIXELS = 20
+"""Side of a cell of the board in a picture."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Catch(OneTask):
 class CatchEnv(ArrayEnv):
     """The batch of boards. The ball's row is the number of steps of the episode."""
 
+    steps_per_second = 3.0
+
     def __init__(self, family: Catch, num_envs: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_envs, family.spec, Discrete(3), device)
         self._rows, self._columns = family.rows, family.columns
@@ -82,6 +89,20 @@ class CatchEnv(ArrayEnv):
         landed = row == self._rows - 1
         reward = torch.where(self._paddle == self._ball, 1.0, -1.0).masked_fill(~landed, 0.0)
         return self._board(row), reward, None
+
+    def scene(self, index: int) -> Frame:
+        """The board: the ball red, the paddle blue, and green where both are."""
+        row, ball, paddle = (
+            int(self._steps[index]),
+            int(self._ball[index]),
+            int(self._paddle[index]),
+        )
+        board = np.full((self._rows, self._columns, 3), 235, np.uint8)
+        board[-1, paddle] = (40, 90, 200)
+        board[row, ball] = (
+            (40, 160, 70) if (row, ball) == (self._rows - 1, paddle) else (210, 50, 50)
+        )
+        return board.repeat(CELL_PIXELS, 0).repeat(CELL_PIXELS, 1)
 
     def arrays(self) -> dict[str, Tensor]:
         """Columns of ball and paddle, [num_envs]."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.family import Task
+from actors.scenes import Plan
 from actors.tasks.array_env import ArrayEnv
 from actors.tasks.checks import task_array
 from learners.core.trajectory import Spec, World
@@ -227,6 +228,7 @@ class GridEnv(ArrayEnv):
     """
 
     horizon_truncates = True
+    steps_per_second = 10.0
     draws_per_thing: int
 
     def __init__(
@@ -319,6 +321,25 @@ class GridEnv(ArrayEnv):
 
     def _observed(self) -> Tensor:
         return torch.cat([self._num_actions, self._indices(), self._padding], 1)
+
+    def scene(self, index: int) -> Plan:
+        """Walls, the objects that are there and the agent; x is the column, y the row."""
+        height, width = self._grid.height, self._grid.width
+
+        def coordinates(cells: Tensor) -> NDArray[np.float64]:
+            row, column = np.divmod(cells.numpy(force=True), width + 2)
+            return np.stack([column - 1.0, row - 1.0], -1)
+
+        there = self._present[index]
+        worth = self._reward[index][there].double().numpy(force=True)
+        walls = self._walls[index].view(height + 2, width + 2)[1:-1, 1:-1].nonzero()
+        return Plan(
+            bounds=(-0.5, width - 0.5, height - 0.5, -0.5),
+            agent=coordinates(self._agent[index]),
+            marks=np.column_stack([coordinates(self._place[index][there]), worth]),
+            blocks=walls.double().numpy(force=True)[:, ::-1],
+            cell=1.0,
+        )
 
     def episode_arrays(self) -> dict[str, Tensor]:
         """Cells of agents, [num_envs], and of objects, and which are there, [num_envs, K]."""

@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from actors.family import OneTask, Task
+from actors.scenes import Frame
 from actors.tasks import closest
 from actors.tasks.checks import check_whole, mask_at_reset, tasks_at_reset
 from learners.core.trajectory import Spec
@@ -276,6 +277,32 @@ class SingleEnvBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             shaped = actions.reshape(self.num_envs, *space.shape).astype(space.dtype)
             executed = np.clip(shaped, space.low, space.high)
         return executed
+
+    @property
+    def steps_per_second(self) -> float:
+        """What the environment itself says, else 30."""
+        return float(self.envs[0].metadata.get("render_fps", 30))
+
+    def scene(self, index: int) -> Frame | None:
+        """What Gymnasium's own `render` shows; None where the environment has no "rgb_array".
+
+        Raises:
+            ValueError: it cannot be rendered here.
+        """
+        env: Any = self.envs[index].unwrapped
+        if "rgb_array" not in env.metadata.get("render_modes", ()):
+            return None
+        env.render_mode = "rgb_array"
+        try:
+            frame = np.asarray(env.render())
+        except Exception as error:
+            raise ValueError(f"{type(env).__name__}.render failed: {error}") from error
+        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+            raise ValueError(
+                f"{type(env).__name__}.render returned {frame.dtype} of shape {frame.shape}, "
+                "expected uint8 of shape (H, W, 3)"
+            )
+        return frame
 
     def close_extras(self, **kwargs: Any) -> None:
         """Closes the environments."""

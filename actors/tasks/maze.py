@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.family import Task
+from actors.scenes import Plan
 from actors.tasks.array_env import ArrayEnv
 from actors.tasks.checks import check_number, check_whole, task_array
 from learners.core.trajectory import Spec
@@ -236,6 +237,8 @@ def maze_lines(task: Task) -> NDArray[np.float64]:
 class MazeEnv(ArrayEnv):
     """The batch of mazes. Cells are numbered row · N + column; a pose is a cell and a heading."""
 
+    steps_per_second = 10.0
+
     def __init__(self, family: Maze, num_envs: int, device: torch.device | str = "cpu") -> None:
         super().__init__(num_envs, family.spec, Discrete(3), device)
         self._family, self._side = family, family.side
@@ -300,6 +303,23 @@ class MazeEnv(ArrayEnv):
             - self._family.step_cost
         )
         return self._seen(), reward, reached
+
+    def scene(self, index: int) -> Plan:
+        """The walls, the target and the agent's cell; x is the column, y the row."""
+        side = self._side
+        cells = np.stack(np.divmod(np.arange(side**2), side), 1)[:, ::-1]
+        closed = ~self._opening[index].numpy(force=True).reshape(-1, len(STEPS))
+        cell, heading = np.nonzero(closed)
+        ahead = np.array(STEPS)[:, ::-1][heading]
+        middle, half = cells[cell] + 0.5 * ahead, 0.5 * ahead[:, ::-1]
+        target = [*divmod(int(self._target[index]), side)][::-1]
+        return Plan(
+            bounds=(-0.6, side - 0.4, side - 0.4, -0.6),
+            agent=self.positions[index].double().numpy(force=True)[::-1].copy(),
+            marks=np.array([[*target, 1.0]]),
+            lines=np.stack([middle - half, middle + half], 1),
+            cell=1.0,
+        )
 
     def _seen(self) -> Tensor:
         """The observation, [num_envs, O]."""

@@ -22,6 +22,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from actors.family import Task
+from actors.scenes import Pose
 from actors.tasks.checks import mask_at_reset, matching_shape, tasks_at_reset
 from actors.tasks.random_state import generator_bytes, generator_from_bytes
 from learners.core.trajectory import Spec
@@ -89,6 +90,7 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     normal_velocities: bool = True
 
     def __init__(self, xml_file: str, num_envs: int, spec: Spec, action_scale: float) -> None:
+        self.xml_file = xml_file
         self.num_envs = num_envs
         self.single_observation_space = Box(-np.inf, np.inf, (spec.obs_size,), np.float32)
         self.model = load_model(xml_file)
@@ -267,6 +269,19 @@ class MujocoBatch(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.num_bad_states += 1
         for warning in _BAD_STATES:
             self._warnings[warning] = 0
+
+    @property
+    def steps_per_second(self) -> float:
+        """That of the world."""
+        return float(1.0 / self.dt)
+
+    def goal(self, index: int) -> Array | None:
+        """Where environment `index` is to go, x and y in metres; None where that is open."""
+        return None
+
+    def scene(self, index: int) -> Pose:
+        """The robot's pose."""
+        return Pose(self.xml_file, self.qpos[index].copy(), self.goal(index))
 
     def _saved(self) -> dict[str, np.ndarray]:
         own = {"physics": self.physics, "steps": self._steps, "ended": self._ended}

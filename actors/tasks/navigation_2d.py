@@ -11,6 +11,7 @@ from gymnasium.spaces import Box
 from torch import Tensor
 
 from actors.family import Task
+from actors.scenes import Plan
 from actors.tasks.array_env import ArrayEnv
 from actors.tasks.checks import check_number, check_whole, task_array
 from learners.core.trajectory import Spec
@@ -70,6 +71,8 @@ class Navigation2D:
 class Navigation2DEnv(ArrayEnv):
     """The batch of points."""
 
+    steps_per_second = 15.0
+
     def __init__(
         self, family: Navigation2D, num_envs: int, device: torch.device | str = "cpu"
     ) -> None:
@@ -93,6 +96,13 @@ class Navigation2DEnv(ArrayEnv):
         offset = self._position - self._goal
         reached = (offset.abs() < GOAL_REACH).all(1)
         return self._position.clone(), -offset.square().sum(1).sqrt(), reached
+
+    def scene(self, index: int) -> Plan:
+        """The square of the goals, the goal and the point."""
+        edge = 1.2 * GOAL_RANGE
+        goal = [*self._goal[index].tolist(), 1.0]
+        agent = self._position[index].double().numpy(force=True).copy()
+        return Plan((-edge, edge, -edge, edge), agent, np.array([goal]))
 
     def arrays(self) -> dict[str, Tensor]:
         """Goals and positions, both [num_envs, 2]."""

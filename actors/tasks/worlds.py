@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.family import Task
+from actors.scenes import Drawable, Scene
 from actors.tasks import closest
 from actors.tasks.array_env import ArrayEnv, unbounded_box
 from actors.tasks.checks import mask_at_reset, matching_shape, task_whole, tasks_at_reset
@@ -130,6 +131,8 @@ class WorldsEnv(VectorEnv[Tensor, Tensor, Tensor]):
     new levels, but no other kind.
     """
 
+    steps_per_second = 10.0
+
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012 (Gymnasium's own field)
 
     def __init__(self, family: Worlds, num_envs: int, device: torch.device | str = "cpu") -> None:
@@ -191,6 +194,16 @@ class WorldsEnv(VectorEnv[Tensor, Tensor, Tensor]):
         parts = [group.env.step(actions[group.rows])[:4] for group in self._groups]
         obs, reward, terminated, truncated = map(self._merged, zip(*parts, strict=True))
         return obs, reward, terminated, truncated, {}
+
+    def scene(self, index: int) -> Scene | None:
+        """That of the environment's kind; chains have none."""
+        for group in self._groups:
+            if (
+                isinstance(group.env, Drawable)
+                and (place := (group.rows == index).nonzero()).numel()
+            ):
+                return group.env.scene(int(place))
+        return None
 
     def arrays(self) -> dict[str, Tensor]:
         """The tensors of every kind, as "kind.name"."""

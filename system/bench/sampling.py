@@ -57,6 +57,7 @@ Steps = Callable[[], int]
 def raw(robot: Robot) -> Steps:
     """Bare `mj_step` with random controls."""
     env: Any = gymnasium.make(robot.gymnasium).unwrapped
+    mujoco.set_mju_user_warning(lambda message: None)  # else a file in the working folder
     controls = np.random.default_rng(0).uniform(-1.0, 1.0, (BLOCK, env.model.nu))
 
     def steps() -> int:

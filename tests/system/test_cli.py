@@ -12,7 +12,13 @@ import torch
 from actors.tasks import FAMILIES
 from learners.config import MamlTrpoConfig
 from system import cli, run_folder
-from system.arguments import EvaluateArguments, TrainArguments, check_flags, flag_names
+from system.arguments import (
+    EvaluateArguments,
+    RenderArguments,
+    TrainArguments,
+    check_flags,
+    flag_names,
+)
 from system.checkpoint import STATE
 from system.config import RuntimeConfig, to_dict
 from system.loop import Loop
@@ -322,15 +328,18 @@ def test_help_of_the_command_and_its_verbs(metaloop, arguments):
     assert "metaloop" in out
 
 
-@pytest.mark.parametrize("arguments", [["train", NAVIGATION], ["show", NAVIGATION], ["evaluate"]])
+@pytest.mark.parametrize(
+    "arguments", [["train", NAVIGATION], ["show", NAVIGATION], ["evaluate"], ["render"]]
+)
 def test_every_flag_that_help_names_is_accepted(metaloop, arguments, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     status, out, _ = metaloop(*arguments, "--help")
     assert status == 0
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", out)) - {"--help"}
+    alone = {"evaluate": EvaluateArguments, "render": RenderArguments}
     known = (
-        flag_names(EvaluateArguments)
-        if arguments == ["evaluate"]
+        flag_names(alone[arguments[0]])
+        if arguments[0] in alone
         else flag_names(TrainArguments, MamlTrpoConfig)
     )
     assert len(flags) >= len(known)
