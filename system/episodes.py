@@ -142,10 +142,10 @@ def no_picture(task: str) -> str:
     """That a family has none, and which have."""
     known = [name for name in FAMILIES if isinstance(load_family(name).make(1), Drawable)]
     return (
-        f"there is no picture of {task}. There is one of {', '.join(known)} (of worlds only the "
-        "grids), atari-<game>, trials of these, and every gym:<id> and family of your own whose "
-        'Gymnasium environments have the render mode "rgb_array", or whose batches of '
-        "environments have the methods of actors.scenes.Drawable"
+        f"there is no picture of {task}. There is one of {', '.join(known)}; of worlds only the "
+        "grids have one. So have atari-<game>, trials of all these, and every gym:<id> and family "
+        'of your own whose Gymnasium environments have the render mode "rgb_array", or whose '
+        "batches of environments are actors.scenes.Drawable"
     )
 
 
