@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from learners.config import METHODS
 from system import pictures
 from system.config import RuntimeConfig
+from system.episodes import arrange
 from system.presets import PRESETS
 from system.run import train
 from tests.pages import ROOT, read, rows, section
@@ -165,6 +166,15 @@ def test_glossary_has_the_scalars_that_each_method_logs(logged):
 @pytest.mark.usefixtures("torch_threads")
 def test_glossary_has_the_pictures_that_each_method_logs(logged):
     assert listed("Pictures") == logged[1]
+
+
+def test_glossary_has_the_films():
+    one = {0: {0: [None]}}
+    kinds = {
+        arrange(seen, {0: "task"}, trials)[0]
+        for seen, trials in ((one, True), (one, False), (one | {1: {0: [None]}}, False))
+    }
+    assert set(listed("Films")) == {f"videos/{kind}" for kind in kinds}
 
 
 def own_tags(methods: set[str]) -> set[str]:
