@@ -223,4 +223,4 @@ def test_no_tag_in_the_source_is_missing():
 def test_sections_are_all_that_have_tables():
     headings = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
     with_rows = {heading for heading in headings if rows(section(PAGE, heading))}
-    assert with_rows == {*SCALARS, "Pictures", "Only with Ray"}
+    assert with_rows == {*SCALARS, "Pictures", "Films", "Only with Ray"}
