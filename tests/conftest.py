@@ -185,6 +185,12 @@ def clusters(tmp_path_factory):
     running.close()
 
 
+@pytest.fixture
+def no_cluster(clusters):
+    """This process is a driver of one cluster at a time."""
+    clusters.close()
+
+
 @pytest.fixture(scope="session")
 def tiny_flags():
     """The flags that make of a preset what `tiny_run` makes of it."""

@@ -74,6 +74,12 @@ class Nodes:
         self.join(ADDRESSES[WORKER], 1)
         until(lambda: self.alive() == len(ADDRESSES), "the worker's node is up", READY_SECONDS)
 
+    def mend(self) -> None:
+        """Brings the worker's node again where it did not come up, as on a busy machine."""
+        if len(self.processes) > WORKER and self.processes[WORKER].poll() is not None:
+            self.kill(WORKER)
+            self.join(ADDRESSES[WORKER], 1)
+
     def alive(self) -> int:
         """Nodes that the dashboard knows."""
         for process in self.processes:

@@ -29,7 +29,7 @@ import pytest
 import torch
 
 from system import run_folder
-from tests.cluster.nodes import WORKER, Nodes, three_nodes
+from tests.cluster.nodes import ADDRESSES, WORKER, Nodes, three_nodes
 from tests.conftest import TINY_FLAGS, CommandLine, until
 
 ROLES = {
@@ -84,6 +84,7 @@ class Soak:
 
     def moved(self, beyond: int) -> bool:
         """Whether the run came further, or to its end."""
+        self.nodes.mend()
         status = self.driver.poll()
         assert status in (None, 0), self.said()
         return status == 0 or self.iteration() > beyond
@@ -109,7 +110,7 @@ class Soak:
         self.killed[kind] += 1
         if kind == "node":
             self.nodes.kill(WORKER)
-            self.nodes.join_worker()
+            self.nodes.join(ADDRESSES[WORKER], 1)
         elif kind == "driver":
             self.driver.kill()
             self.driver.wait(30)
