@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from actors.tasks import FAMILIES, closest
@@ -166,16 +167,16 @@ def evaluate(arguments: list[str]) -> int:
 def render(arguments: list[str]) -> int:
     """Metaloop render RUN --out FILE [flags]."""
     parsed = parse(RenderArguments, arguments, "render")
-    from system import episodes, frames, mirror, run
+    from system import episodes, frames, mirror, robots, run
 
     frames.check_format(parsed.out)
-    with (
-        mirror.copied(parsed.run) as folder,
-        run.restored(folder, {"backend": "serial", "device": "cpu", "address": None}) as (loop, _),
-    ):
+    here = {"backend": "serial", "device": "cpu", "address": None}
+    with mirror.copied(parsed.run) as folder, ExitStack() as stack:
+        with robots.unloaded():
+            loop, _ = stack.enter_context(run.restored(folder, here))
         shown = episodes.watch(loop, parsed.tasks, parsed.updates)
-        parsed.out.parent.mkdir(parents=True, exist_ok=True)
-        frames.write(shown, parsed.out)
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    frames.write(shown, parsed.out)
     print(parsed.out)
     return 0
 

@@ -207,8 +207,24 @@ class RayBackend:
         return self.pool.poll(also)
 
     def fetch(self, handles: Sequence[Any]) -> list[Any]:
-        """Where streams stand."""
-        return [handle.value if isinstance(handle, Held) else handle for handle in handles]
+        """Where streams stand, and chunks, which come to this process.
+
+        Raises:
+            RolloutError: a chunk was lost on its way.
+        """
+        chunks = [handle.reference for handle in handles if isinstance(handle, Collected)]
+        try:
+            came = iter(in_time(lambda: ray.get(chunks, timeout=self.timeout_s), self.timeout_s))
+        except ObjectLostError as error:
+            raise RolloutError(f"chunks were lost on their way to the driver: {error}") from error
+        return [
+            next(came)
+            if isinstance(handle, Collected)
+            else handle.value
+            if isinstance(handle, Held)
+            else handle
+            for handle in handles
+        ]
 
     def close(self) -> None:
         """Ends the actors, and the cluster if it is ours."""

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,20 @@ TIMEOUT_S = 600
 
 VIEW, VIEW_WITH_GOAL = (3.5, -15.0), (7.0, -35.0)
 """The camera's distance from the robot, in metres, and its elevation, in degrees."""
+
+
+@contextmanager
+def unloaded() -> Iterator[None]:
+    """Keeps MuJoCo, imported in this block, from loading the OpenGL that the user chose.
+
+    That may be missing, which is to be said where something is drawn.
+    """
+    chosen = os.environ.pop("MUJOCO_GL", None)
+    try:
+        yield
+    finally:
+        if chosen is not None:
+            os.environ["MUJOCO_GL"] = chosen
 
 
 def draw(poses: Sequence[Pose]) -> list[Frame]:
@@ -71,11 +86,12 @@ def draw_robot(xml_file: str, poses: Sequence[Pose]) -> NDArray[np.uint8]:
 def draw_elsewhere(folder: Path, backend: str) -> str | None:
     """Draws what is in a folder with one kind of OpenGL; the reason where that fails."""
     command = [sys.executable, "-m", "system.robots", str(folder)]
-    # The packages lie where this process found them.
-    environment = os.environ | {"MUJOCO_GL": backend, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # The packages lie where this process found them. MuJoCo's log of warnings stays in the folder.
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    environment = os.environ | {"MUJOCO_GL": backend, "PYTHONPATH": path}
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         return f"it took more than {TIMEOUT_S} s"

@@ -7,6 +7,7 @@ import pytest
 
 from actors.rollout import Request, make_slots
 from actors.tasks import load_family
+from system.episodes import watch
 from system.loop import Counters, Loop
 from system.seeds import Stream, make_seeds
 from system.serial_backend import SerialBackend
@@ -89,6 +90,20 @@ def test_answers_stand_in_the_order_of_the_requests(clusters, tiny_run):
         lane.pid for lane in backend.pool.lanes
     }
     assert [lane.in_flight for lane in backend.pool.lanes] == [[], [], []]
+
+
+def test_what_is_looked_at_is_the_same(clusters, tiny_run):
+    config = tiny_run()
+    family = family_of("navigation-2d", clusters)
+    rows = []
+    for backend in (clusters.get(config, family), SerialBackend(config, family, [1])):
+        backend.learner("set_state", clusters.initial)
+        rows.append(watch(Loop(config, family, backend), 2).rows)
+    for found, expected in zip(rows[0], rows[1], strict=True):
+        for panel, other in zip(found, expected, strict=True):
+            assert panel.lines == other.lines
+            paths = [np.stack([s.agent for s in p.episodes[0].scenes]) for p in (panel, other)]
+            np.testing.assert_array_equal(*paths)
 
 
 def test_the_driver_holds_references_and_no_chunks(clusters, tiny_run):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -317,7 +318,14 @@ def test_only_what_the_user_chose_is_tried(monkeypatch):
     ]
 
 
-def test_robots_before_and_after_adaptation(tmp_path, metaloop, trained):
+def test_mujoco_is_imported_without_the_opengl_that_was_chosen(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "smoke")
+    with robots.unloaded():
+        assert "MUJOCO_GL" not in os.environ
+    assert os.environ["MUJOCO_GL"] == "smoke"
+
+
+def test_robots_before_and_after_adaptation(tmp_path, metaloop, trained, monkeypatch):
     poses = [Pose("half_cheetah.xml", np.linspace(0.0, x, 9)) for x in (0.0, 0.0, 0.5)]
     goals = [
         Pose("ant.xml", load_family("ant-goal").make(1).model.qpos0, np.array(g))
@@ -333,11 +341,13 @@ def test_robots_before_and_after_adaptation(tmp_path, metaloop, trained):
     reds = [int((image[..., 0] > image[..., 1] + 100.0).sum()) for image in drawn[2:4]]
     assert reds[0] > 20 > reds[1]
     out = tmp_path / "cheetah.gif"
+    monkeypatch.chdir(tmp_path)
     folder = trained("half-cheetah-dir", task_options={"horizon": 6})
     assert metaloop("render", folder, "--out", out, "--tasks", "1") == (0, f"{out}\n", "")
     with Image.open(out) as film:
         assert film.n_frames == 7
         assert film.info["duration"] == 50  # as the world: a step is 0.05 s
+    assert list(tmp_path.iterdir()) == [out]  # no log of MuJoCo's
 
 
 # --- While a run trains ---

@@ -79,4 +79,5 @@ def test_streams_keep_their_numbers():
         "TRAIN": 2,
         "EVALUATION_TASKS": 3,
         "EVALUATION": 4,
+        "EPISODES": 5,
     }
