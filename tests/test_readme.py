@@ -87,10 +87,14 @@ def test_metaloop_commands(tmp_path: Path) -> None:
     assert "maml-trpo/navigation-2d" in outputs["metaloop list"]
     evaluated = next(text for line, text in outputs.items() if line.endswith("--json"))
     assert json.loads(evaluated)["preset"] == "maml-trpo/navigation-2d"
-    (tmp_path / "act.py").write_text(program(README, "act.py"))
-    assert "`python act.py runs/ppo-cartpole-seed0/export`" in README
-    words = [sys.executable, "act.py", "runs/ppo-cartpole-seed0/export"]
-    assert run(words, tmp_path).startswith("return ")
+    for name, of_run, said in (
+        ("act.py", "ppo-cartpole-seed0", "return "),
+        ("navigate.py", "maml-trpo-navigation-2d-seed0", "after 0 updates: return "),
+    ):
+        (tmp_path / name).write_text(program(README, name))
+        words = [name, f"runs/{of_run}/export"]
+        assert f"`python {' '.join(words)}`" in README
+        assert run([sys.executable, *words], tmp_path).startswith(said)
     check_tensorboard(
         next(line for line in commands(README) if line.startswith("tensorboard")), tmp_path
     )

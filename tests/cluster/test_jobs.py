@@ -25,6 +25,12 @@ def open_cluster(wait_until):
     try:
         head.head("127.0.0.9", 1)
         wait_until(lambda: head.alive() == 1, "the open head is up", READY_SECONDS)
+        # In its first seconds a dashboard does not tell whether there is an autoscaler.
+        wait_until(
+            lambda: not submit.describe_cluster(head.address, None).autoscales,
+            "the open head says that it has no autoscaler",
+            READY_SECONDS,
+        )
         yield head
     finally:
         head.close()
