@@ -68,6 +68,7 @@ def test_a_measurement_is_compared_with_an_earlier_one(tmp_path, metaloop):
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_cluster")
 def test_sampling_is_measured_from_bare_physics_to_the_whole_system(tmp_path, metaloop, one_core):
     out = tmp_path / "bench.json"
     status, said, err = metaloop(
@@ -85,6 +86,7 @@ def test_sampling_is_measured_from_bare_physics_to_the_whole_system(tmp_path, me
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_cluster")
 def test_transport_is_measured_by_size_and_by_chunks_in_flight(tmp_path, metaloop):
     out = tmp_path / "bench.json"
     flags = ("--iterations", "1", "--num-actors", "1", "--out", out)
