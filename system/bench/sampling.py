@@ -102,19 +102,24 @@ def acting(obs_size: int, action_size: int) -> Callable[[Any], np.ndarray]:
     return act
 
 
+def stepping(env: Any, obs: Any, act: Callable[[Any], np.ndarray]) -> Steps:
+    """A policy that goes on in a batch of environments which restart by themselves."""
+
+    def steps() -> int:
+        nonlocal obs
+        for _ in range(BLOCK):
+            obs = env.step(act(obs))[0]
+        return BLOCK * NUM_ENVS
+
+    return steps
+
+
 def gymnasium_and_policy(robot: Robot) -> Steps:
     """Gymnasium's SyncVectorEnv of 20 environments and a policy."""
     make = [lambda: gymnasium.make(robot.gymnasium)] * NUM_ENVS
     env = SyncVectorEnv(make, autoreset_mode=AutoresetMode.SAME_STEP)
     act = acting(env.single_observation_space.shape[0], env.single_action_space.shape[0])  # type: ignore[index]
-    seen = [env.reset(seed=0)[0]]
-
-    def steps() -> int:
-        for _ in range(BLOCK):
-            seen[0] = env.step(act(seen[0]))[0]
-        return BLOCK * NUM_ENVS
-
-    return steps
+    return stepping(env, env.reset(seed=0)[0], act)
 
 
 def envpool_and_policy(robot: Robot) -> Steps:
@@ -123,14 +128,7 @@ def envpool_and_policy(robot: Robot) -> Steps:
 
     env = envpool.make_gymnasium(robot.envpool, num_envs=NUM_ENVS, num_threads=1, seed=0)
     act = acting(env.observation_space.shape[0], env.action_space.shape[0])
-    seen = [env.reset()[0]]
-
-    def steps() -> int:
-        for _ in range(BLOCK):
-            seen[0] = env.step(act(seen[0]))[0]
-        return BLOCK * NUM_ENVS
-
-    return steps
+    return stepping(env, env.reset()[0], act)
 
 
 def our_environments(robot: Robot) -> Steps:
