@@ -22,7 +22,8 @@ Variants, one setting each: `first_order` (FOMAML) takes the inner gradients as 
 `inner_loss` "likelihood_ratio" and "dice" have the same inner gradient, and a second derivative
 that also holds Â ∇log π ∇log πᵀ (see `core.policy_gradient`); `exploration` adds
 −c · mean_i R̄_i · mean_D_k log π_θk(a|s), R̄ the return after adaptation standardised over tasks
-(E-MAML, Stadie et al. 2018).
+(E-MAML, Stadie et al. 2018); `curvature_share` takes Jᵀ F J from the first environments of each
+member alone, adaptation included, while ∇L and the line search keep all of them.
 """
 
 from __future__ import annotations
