@@ -57,7 +57,6 @@ Steps = Callable[[], int]
 def raw(robot: Robot) -> Steps:
     """Bare `mj_step` with random controls."""
     env: Any = gymnasium.make(robot.gymnasium).unwrapped
-    mujoco.set_mju_user_warning(lambda message: None)  # else a file in the working folder
     controls = np.random.default_rng(0).uniform(-1.0, 1.0, (BLOCK, env.model.nu))
 
     def steps() -> int:
@@ -198,6 +197,7 @@ def timed(steps: Steps, seconds: float) -> float:
 
 def serve(robot: Robot, kinds: Sequence[str], seconds: float, turns: Any, answers: Any) -> None:
     """A process that measures the kind whose turn it is; all processes begin together."""
+    mujoco.set_mju_user_warning(lambda message: None)  # else a file in the working folder
     torch.set_num_threads(1)
     steps = {kind: KINDS[kind](robot) for kind in kinds}
     for warm_up in steps.values():
